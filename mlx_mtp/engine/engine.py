@@ -1,0 +1,138 @@
+"""Runs requests: prefill, then rounds, with the next round handed to the device before the last one is read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_mtp.config import EngineConfig
+from mlx_mtp.engine.request import Request
+from mlx_mtp.kv_cache import KVCache, layer_shapes
+from mlx_mtp.models.target import Target
+from mlx_mtp.spec_decode.loop import (
+    DecodeState,
+    DraftModel,
+    RoundOutput,
+    decode_round,
+    first_token,
+    padded_chunks,
+    prefill_chunk,
+)
+from mlx_mtp.spec_decode.sampler import Sampler
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Event:
+    """New tokens of a request; its `finish_reason` says whether they were the last."""
+
+    request: Request
+    tokens: list[int]
+
+
+@dataclass(frozen=True)
+class _Flight:
+    """A round that the device works on, and whose rows it has: compaction may reorder them before it is read."""
+
+    output: RoundOutput
+    rows: tuple[Request, ...]
+    num_draft_tokens: int
+    is_round: bool = True
+
+
+@contextmanager
+def wired_memory() -> Iterator[None]:
+    """Keeps weights and caches resident for the time of a generation where the backend can (Metal)."""
+    if not mx.metal.is_available():
+        yield
+        return
+    before = mx.set_wired_limit(int(mx.device_info()["max_recommended_working_set_size"]))
+    try:
+        yield
+    finally:
+        mx.synchronize()
+        mx.set_wired_limit(before)
+
+
+def read(output: RoundOutput) -> np.ndarray:
+    """The one place where the host waits for the device and reads from it: [B, K + 2] int32, once a round."""
+    return np.array(output.packed)
+
+
+class Engine:
+    """Decodes a batch of requests to its end. `drafter` None is plain decoding, whatever K says."""
+
+    def __init__(self, target: Target, drafter: DraftModel | None, config: EngineConfig) -> None:
+        self._target, self._drafter, self._config = target, drafter, config
+        self._num_draft_tokens = config.num_draft_tokens if drafter is not None else 0
+
+    def run(self, requests: Sequence[Request], on_prefill: Progress | None = None) -> Iterator[Event]:
+        """Yields events as tokens come. A request whose finish_reason the caller sets leaves at the next round.
+
+        on_prefill(done, total) is told of prompt tokens run, a chunk at a time.
+        """
+        with wired_memory():
+            state = self._prefill(requests, on_prefill)
+            packed = mx.stack([state.last_token, mx.zeros_like(state.last_token)], axis=1)
+            flight = _Flight(RoundOutput(packed), tuple(requests), 0, is_round=False)
+            mx.async_eval(packed, state.hidden)
+            rows = list(requests)
+            while rows:
+                in_flight = flight
+                if all(len(row.tokens) + 1 >= row.most_tokens for row in rows):
+                    flight = None  # what is in flight fills every row: another round would be thrown away
+                else:
+                    state, flight = self._launch(state, rows)
+                yield from self._land(in_flight)
+                for i in reversed(range(len(rows))):
+                    if rows[i].is_finished:
+                        rows[i] = rows[-1]
+                        rows.pop()
+                        if rows:
+                            state = state.drop_row(i, Sampler.of([row.sampling for row in rows]))
+                if flight is not None and rows:
+                    flying = flight.num_draft_tokens + 1
+                    state.cache.tighten(max(row.length - 1 for row in rows) + flying)
+
+    def _launch(self, state: DecodeState, rows: Sequence[Request]) -> tuple[DecodeState, _Flight]:
+        num_draft_tokens = self._num_draft_tokens
+        state, output = decode_round(self._target, self._drafter, state, num_draft_tokens)
+        mx.async_eval(output.packed, state.last_token, state.hidden, state.cache.lengths)
+        return state, _Flight(output, tuple(rows), num_draft_tokens)
+
+    def _land(self, flight: _Flight) -> Iterator[Event]:
+        packed = read(flight.output)
+        for request, row in zip(flight.rows, packed.tolist(), strict=True):
+            if request.is_finished:
+                continue
+            accepted = row[-1]
+            if flight.is_round:
+                request.count_round(flight.num_draft_tokens, accepted)
+            yield Event(request, request.receive(row[: accepted + 1]))
+
+    def _prefill(self, requests: Sequence[Request], on_prefill: Progress | None) -> DecodeState:
+        text = self._target.config.text
+        prompts = [request.prompt for request in requests]
+        slack = self._config.max_draft_tokens + 1
+        reserve = max(len(prompt) for prompt in prompts) + slack
+        cache = KVCache(layer_shapes(text), text.window, slack, len(prompts), self._target.dtype, reserve)
+        state = DecodeState(
+            last_token=mx.zeros((len(prompts),), mx.int32),
+            hidden=mx.zeros((len(prompts), 1, text.hidden_size), self._target.dtype),
+            cache=cache,
+            sampler=Sampler.of([request.sampling for request in requests]),
+        )
+        total, done = sum(len(prompt) for prompt in prompts), 0
+        for tokens, valid in padded_chunks(prompts, self._config.prefill_chunk):
+            state = prefill_chunk(self._target, state, tokens, valid)
+            mx.eval(state.hidden, *cache.arrays)
+            done += int(valid.sum().item())
+            if on_prefill is not None:
+                on_prefill(done, total)
+        cache.tighten(max(len(prompt) for prompt in prompts))
+        return first_token(self._target, state)

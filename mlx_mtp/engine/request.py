@@ -1,0 +1,118 @@
+"""Everything about one request in one object."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from mlx_mtp.config import SamplingParams
+from mlx_mtp.errors import RequestError
+
+FinishReason = Literal["stop", "length", "aborted"]
+
+
+@dataclass(frozen=True)
+class RequestStats:
+    """What a request cost and what drafting gave it.
+
+    rounds: target passes after the prefill; drafted, accepted: draft tokens proposed, and those that the target agreed
+    with; accepted_at[i]: rounds in which at least i + 1 drafts were accepted; mean_acceptance_length: tokens a round,
+    1 + accepted / rounds. prompt_tps, generation_tps: tokens/s of prefill and of decoding after the first token;
+    ttft: seconds from submission to the first token; peak_memory: GB, of the whole process so far.
+    """
+
+    prompt_tokens: int
+    generation_tokens: int
+    rounds: int
+    drafted: int
+    accepted: int
+    accepted_at: tuple[int, ...]
+    mean_acceptance_length: float
+    prompt_tps: float
+    generation_tps: float
+    ttft: float
+    peak_memory: float
+
+
+@dataclass
+class Request:
+    """A prompt on its way to a text: what was asked for, what has come, and when.
+
+    stop_tokens end the request and are not part of its tokens; max_tokens may be lowered to what the context holds.
+    """
+
+    prompt: Sequence[int]
+    sampling: SamplingParams
+    stop_tokens: frozenset[int]
+    max_context: int
+    tokens: list[int] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    rounds: int = 0
+    drafted: int = 0
+    accepted_counts: list[int] = field(default_factory=list)
+    submitted: float = field(default_factory=time.perf_counter)
+    first_token_at: float = 0.0
+    last_token_at: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not self.prompt:
+            raise RequestError("the prompt is empty: expected at least one token")
+        if len(self.prompt) >= self.max_context:
+            raise RequestError(f"the prompt has {len(self.prompt)} tokens; the model's context holds "
+                               f"{self.max_context}, the answer included: shorten the prompt")
+
+    @property
+    def is_finished(self) -> bool:
+        return self.finish_reason is not None
+
+    @property
+    def most_tokens(self) -> int:
+        return min(self.sampling.max_tokens, self.max_context - len(self.prompt))
+
+    @property
+    def length(self) -> int:
+        """Tokens of the row that are known to the host, the newest included."""
+        return len(self.prompt) + len(self.tokens)
+
+    def receive(self, tokens: Sequence[int]) -> list[int]:
+        """Takes tokens in order up to a stop token or max_tokens; returns those that belong to the text."""
+        taken: list[int] = []
+        self.last_token_at = time.perf_counter()
+        if not self.tokens:
+            self.first_token_at = self.last_token_at
+        for token in tokens:
+            if token in self.stop_tokens:
+                self.finish_reason = "stop"
+                break
+            taken.append(token)
+            if len(self.tokens) + len(taken) >= self.most_tokens:
+                self.finish_reason = "length"
+                break
+        self.tokens += taken
+        return taken
+
+    def count_round(self, drafted: int, accepted: int) -> None:
+        self.rounds += 1
+        self.drafted += drafted
+        self.accepted_counts.append(accepted)
+
+    def stats(self, peak_memory: float) -> RequestStats:
+        accepted = sum(self.accepted_counts)
+        longest = max(self.accepted_counts, default=0)
+        ttft = self.first_token_at - self.submitted
+        decoding = self.last_token_at - self.first_token_at
+        return RequestStats(
+            prompt_tokens=len(self.prompt),
+            generation_tokens=len(self.tokens),
+            rounds=self.rounds,
+            drafted=self.drafted,
+            accepted=accepted,
+            accepted_at=tuple(sum(count > i for count in self.accepted_counts) for i in range(longest)),
+            mean_acceptance_length=1 + accepted / self.rounds if self.rounds else 1.0,
+            prompt_tps=len(self.prompt) / ttft if ttft > 0 else 0.0,
+            generation_tps=(len(self.tokens) - 1) / decoding if decoding > 0 and self.tokens else 0.0,
+            ttft=ttft,
+            peak_memory=peak_memory,
+        )

@@ -1,0 +1,212 @@
+"""Keys and values of a batch of rows: staged by a pass, committed by a count, never rewound.
+
+Every row has its own length, kept on the device. A pass over L tokens *stages* their K/V beyond the committed length;
+`commit` then says how many of them each row keeps. What is not kept is simply not counted: masks, which follow from
+positions, hide it, and later passes write over it.
+
+A full layer is append-only: position p lives in slot p. A sliding layer is a ring of `window + slack` slots:
+position p lives in slot p mod capacity. With window 4, slack 3 and 9 committed tokens (0 to 8), a row's ring is
+
+    slot      0  1  2  3  4  5  6
+    position  7  8  2  3  4  5  6        positions 5..8 are the window of 8; 2..4 may be overwritten by drafts
+
+The slack is what makes drafts safe: a rejected draft at position p has destroyed position p - capacity, which must be
+out of every later query's reach. The drafter's reach is the widest, window + 1 before the newest token, so a round
+of K drafts needs slack >= K + 1 (see tests/test_kv_cache.py, which fails with less).
+
+MLX updates a buffer in place only if nobody else holds it: the arrays given out by a stage must not outlive the round.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from mlx_mtp.config import SLIDING, AttentionKind, TextConfig
+
+# Full layers are read and grown in steps, so that shapes, and with them allocations, seldom change.
+READ_STEP = 64
+GROW_STEP = 256
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """What the cache must know of a layer that owns its K/V."""
+
+    kind: AttentionKind
+    num_kv_heads: int
+    head_dim: int
+
+    @property
+    def numbers_per_position(self) -> int:
+        """How many numbers one position's K and V take together."""
+        return 2 * self.num_kv_heads * self.head_dim
+
+
+def layer_shapes(config: TextConfig) -> dict[int, LayerShape]:
+    """Layer index -> shape, for the layers that own their K/V."""
+    return {
+        i: LayerShape(layer.kind, layer.num_kv_heads, layer.head_dim)
+        for i, layer in enumerate(config.layers) if layer.kv_source == i
+    }
+
+
+def round_up(number: int, step: int) -> int:
+    return -(-number // step) * step
+
+
+class KVCache:
+    """K/V of `rows` rows for every layer in `shapes`.
+
+    lengths: [rows] int32 on the device, the committed tokens of each row.
+    bound: a host-side upper bound of max(lengths); `tighten` lowers it when the host has read the truth.
+    """
+
+    def __init__(
+        self, shapes: Mapping[int, LayerShape], window: int, slack: int, rows: int, dtype: mx.Dtype, reserve: int = 0
+    ) -> None:
+        self._shapes = dict(shapes)
+        self._ring = window + slack
+        self._slack = slack
+        self._dtype = dtype
+        self._full_capacity = round_up(max(reserve, 1), GROW_STEP)
+        self._buffers = {i: self._allocate(rows, shape) for i, shape in self._shapes.items()}
+        self._lengths = mx.zeros((rows,), mx.int32)
+        self._rows = rows
+        self.bound = 0
+
+    @property
+    def rows(self) -> int:
+        """Rows in use; they are the first ones of the buffers."""
+        return self._rows
+
+    @property
+    def lengths(self) -> mx.array:
+        return self._lengths[: self._rows]
+
+    @property
+    def slack(self) -> int:
+        return self._slack
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        """Everything that the next round depends on: hand it to `mx.async_eval`."""
+        return [self._lengths, *(array for pair in self._buffers.values() for array in pair)]
+
+    def stage(self, num_tokens: int, valid: mx.array | None = None) -> CacheStage:
+        """Opens a pass over `num_tokens` new tokens a row.
+
+        valid: [rows] int32, how many of them are real in each row (the rest is padding), known before the pass as in
+        prefill; a pass without it may be at most `slack` tokens long, since the ring is then written before it is read.
+        """
+        if valid is None and num_tokens > max(self._slack, 1):
+            raise ValueError(f"a pass over {num_tokens} tokens needs their valid counts: the ring's slack is "
+                             f"{self._slack}")
+        self._grow(self.bound + num_tokens)
+        return CacheStage(self, num_tokens, valid)
+
+    def commit(self, counts: mx.array, most: int) -> None:
+        """Keeps `counts` [rows] of the tokens staged last; no count may be above `most`."""
+        if self._rows < self._lengths.shape[0]:
+            counts = mx.concatenate([counts, mx.zeros((self._lengths.shape[0] - self._rows,), mx.int32)])
+        self._lengths = self._lengths + counts
+        self.bound += most
+
+    def tighten(self, bound: int) -> None:
+        """Lowers the upper bound of the lengths to what the host knows now (rounds in flight included)."""
+        assert bound <= self.bound, "the bound can only be lowered"
+        self.bound = bound
+
+    def drop_row(self, row: int) -> None:
+        """Ends a row: the last row moves into its place (one copy of one row)."""
+        last = self._rows - 1
+        if row != last:
+            for pair in self._buffers.values():
+                for buffer in pair:
+                    buffer[row : row + 1] = mx.take(buffer, mx.array([last]), axis=0)  # a view would copy it whole
+            self._lengths = mx.where(mx.arange(self._lengths.size) == row, self._lengths[last], self._lengths)
+        self._rows = last
+
+    def read(self, layer: int) -> tuple[mx.array, mx.array]:
+        """Committed and staged K/V of a layer as a pass over no tokens sees them: [rows, kv heads, S, head_dim]."""
+        return self._visible(layer)
+
+    def key_positions(self, kind: AttentionKind) -> mx.array:
+        """[rows or 1, S] int32: the position of each key given by `read`, as far as it is committed."""
+        return self._positions(kind, self.lengths - 1)
+
+    def _allocate(self, rows: int, shape: LayerShape) -> list[mx.array]:
+        capacity = self._ring if shape.kind == SLIDING else self._full_capacity
+        return [mx.zeros((rows, shape.num_kv_heads, capacity, shape.head_dim), self._dtype) for _ in range(2)]
+
+    def _grow(self, needed: int) -> None:
+        if needed <= self._full_capacity:
+            return
+        grown = round_up(needed + needed // 4, GROW_STEP)
+        for i, shape in self._shapes.items():
+            if shape.kind != SLIDING:
+                padding = [(0, 0), (0, 0), (0, grown - self._full_capacity), (0, 0)]
+                self._buffers[i] = [mx.pad(buffer, padding) for buffer in self._buffers[i]]
+        self._full_capacity = grown
+
+    def _visible(self, layer: int, extra: int = 0) -> tuple[mx.array, mx.array]:
+        keys, values = self._buffers[layer]
+        if self._shapes[layer].kind == SLIDING:
+            return keys[: self._rows], values[: self._rows]
+        end = self._read_end(extra)
+        return keys[: self._rows, :, :end], values[: self._rows, :, :end]
+
+    def _read_end(self, extra: int) -> int:
+        return min(round_up(max(self.bound + extra, 1), READ_STEP), self._full_capacity)
+
+    def _positions(self, kind: AttentionKind, newest: mx.array, extra: int = 0) -> mx.array:
+        if kind != SLIDING:
+            return mx.arange(self._read_end(extra), dtype=mx.int32)[None]
+        newest = newest[:, None]
+        return newest - mx.remainder(newest - mx.arange(self._ring, dtype=mx.int32), self._ring)
+
+
+class CacheStage:
+    """One pass over L new tokens a row: where they stand, and where their K/V go. See `models.target.Stage`."""
+
+    def __init__(self, cache: KVCache, num_tokens: int, valid: mx.array | None) -> None:
+        self._cache, self._num_tokens = cache, num_tokens
+        lengths = cache.lengths
+        self._rows = mx.arange(cache.rows)[:, None]
+        self.positions = lengths[:, None] + mx.arange(num_tokens, dtype=mx.int32)
+        self._through_ring = valid is None
+        if valid is None:
+            self._ring_slots = mx.remainder(self.positions, cache._ring)
+            self._ring_positions = cache._positions(SLIDING, lengths + (num_tokens - 1))
+        else:
+            # A prefill chunk may be longer than the ring: it attends to the ring as it was and to itself.
+            before = cache._positions(SLIDING, lengths - 1)
+            self._ring_positions = mx.concatenate([before, self.positions], axis=1)
+            after = cache._positions(SLIDING, lengths + valid - 1)
+            old = mx.arange(cache._ring, dtype=mx.int32)[None]
+            self._ring_source = mx.where(after >= lengths[:, None], cache._ring + after - lengths[:, None], old)
+
+    def key_positions(self, kind: AttentionKind) -> mx.array:
+        if kind == SLIDING:
+            return self._ring_positions
+        return self._cache._positions(kind, self.positions[:, -1], self._num_tokens)
+
+    def put(self, layer: int, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """Stages K/V [rows, kv heads, L, head_dim]; returns all that the pass may attend to."""
+        cache = self._cache
+        buffers = cache._buffers[layer]
+        sliding = cache._shapes[layer].kind == SLIDING
+        if sliding and not self._through_ring:
+            return self._put_chunk(buffers[0], keys), self._put_chunk(buffers[1], values)
+        slots = self._ring_slots if sliding else self.positions
+        for buffer, new in zip(buffers, (keys, values), strict=True):
+            buffer[self._rows, :, slots] = new.transpose(0, 2, 1, 3)
+        return cache._visible(layer, self._num_tokens)
+
+    def _put_chunk(self, buffer: mx.array, new: mx.array) -> mx.array:
+        """Writes the newest real tokens of a chunk into a ring; returns the old ring and the whole chunk, in a row."""
+        both = mx.concatenate([buffer[: self._cache.rows], new], axis=2)
+        buffer[: self._cache.rows] = mx.take_along_axis(both, self._ring_source[:, None, :, None], axis=2)
+        return both

@@ -1,0 +1,154 @@
+"""The loop: draft, verify, accept, commit. One row is a batch of one; zero drafts is plain decoding.
+
+Invariant: the newest token of a row is never in the cache. A round therefore stages K + 1 positions, the newest token
+and its K drafts, and commits accepted + 1 of them.
+
+Nothing here reads from the device. Accepted counts stay in arrays; positions, masks, writes and gathers follow from
+them. So the host can hand over round t + 1 before it has read the tokens of round t.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import mlx.core as mx
+
+from mlx_mtp.config import AttentionKind
+from mlx_mtp.kv_cache import KVCache
+from mlx_mtp.models.drafter import Candidates, Context
+from mlx_mtp.models.target import Target
+from mlx_mtp.spec_decode.sampler import Sampler
+
+
+class DraftModel(Protocol):
+    """What the loop asks of a drafter; `models.drafter.Drafter` is one, a test's replay of a known text another."""
+
+    def context(
+        self,
+        keys_values: Mapping[AttentionKind, tuple[mx.array, mx.array]],
+        key_positions: Mapping[AttentionKind, mx.array],
+        newest_positions: mx.array,
+    ) -> Context:
+        """Builds once a round what its steps share."""
+
+    def __call__(self, embedding: mx.array, hidden: mx.array, context: Context) -> tuple[Candidates, mx.array]:
+        """One step: ([B, 1, D], [B, 1, D]) -> candidates for the next token, hidden [B, 1, D] for the next step."""
+
+
+@dataclass(frozen=True)
+class DecodeState:
+    """A batch between two rounds; all of it on the device.
+
+    last_token: [B] int32, the newest token, not in the cache; hidden: [B, 1, D], the target's after its final norm at
+    the position before; cache: the rows' K/V and lengths (mutable: a round commits to it); sampler: the rows' settings.
+    """
+
+    last_token: mx.array
+    hidden: mx.array
+    cache: KVCache
+    sampler: Sampler
+
+    def drop_row(self, row: int, sampler: Sampler) -> DecodeState:
+        """Ends a row: the last one moves into its place. `sampler` is that of the rows that remain."""
+        self.cache.drop_row(row)
+        order = [*range(row), self.cache.rows, *range(row + 1, self.cache.rows)][: self.cache.rows]
+        keep = mx.array(order, mx.int32)
+        return replace(self, last_token=self.last_token[keep], hidden=self.hidden[keep], sampler=sampler)
+
+
+@dataclass(frozen=True)
+class RoundOutput:
+    """What a round decided: `packed` [B, K + 2] int32 holds each row's K + 1 target tokens and its accepted count.
+
+    A row's new tokens are the first accepted + 1 of its target tokens. One array, so that the host reads once.
+    """
+
+    packed: mx.array
+
+
+def prefill_chunk(target: Target, state: DecodeState, tokens: mx.array, valid: mx.array) -> DecodeState:
+    """Runs one chunk of every row's prompt and commits it.
+
+    tokens: [B, L] int32, rows padded on the right; valid: [B] int32, how many are real. `hidden` of a row that has
+    real tokens in this chunk becomes the one at the last of them.
+    """
+    stage = state.cache.stage(tokens.shape[1], valid)
+    last = target(tokens, stage, keep=mx.maximum(valid - 1, 0))
+    state.cache.commit(valid, tokens.shape[1])
+    return replace(state, hidden=mx.where((valid > 0)[:, None, None], last, state.hidden))
+
+
+def first_token(target: Target, state: DecodeState) -> DecodeState:
+    """Draws each row's first token from the last prompt position: the head runs on that one only."""
+    logits = target.logits(state.hidden)
+    noise = state.sampler.noise(state.cache.lengths[:, None], logits.shape[-1])
+    return replace(state, last_token=state.sampler.choose(logits, noise)[:, 0])
+
+
+def decode_round(
+    target: Target, drafter: DraftModel | None, state: DecodeState, num_draft_tokens: int
+) -> tuple[DecodeState, RoundOutput]:
+    """One round over the whole batch: at most num_draft_tokens + 1 new tokens a row, at least one."""
+    cache, sampler = state.cache, state.sampler
+    newest = cache.lengths
+    steps = mx.arange(1, num_draft_tokens + 2, dtype=mx.int32)
+    noise = sampler.noise(newest[:, None] + steps, target.config.text.vocab_size)
+
+    drafts = draft(target, drafter, state, num_draft_tokens, noise)  # [B, K]
+    block = mx.concatenate([state.last_token[:, None], drafts], axis=1)
+    hidden = target(block, cache.stage(num_draft_tokens + 1))
+    tokens = sampler.choose(target.logits(hidden), noise)  # [B, K + 1]
+
+    accepted = mx.cumprod((drafts == tokens[:, :-1]).astype(mx.int32), axis=1).sum(axis=1)  # [B]
+    cache.commit(accepted + 1, num_draft_tokens + 1)
+    state = replace(
+        state,
+        last_token=mx.take_along_axis(tokens, accepted[:, None], axis=1)[:, 0],
+        hidden=mx.take_along_axis(hidden, accepted[:, None, None], axis=1),
+    )
+    return state, RoundOutput(mx.concatenate([tokens, accepted[:, None]], axis=1))
+
+
+def draft(
+    target: Target, drafter: DraftModel | None, state: DecodeState, num_draft_tokens: int, noise: mx.array | None
+) -> mx.array:
+    """The drafter's next tokens of every row, [B, K] int32, drawn with the noise that the target will draw with."""
+    if drafter is None or num_draft_tokens == 0:
+        return mx.zeros((state.cache.rows, 0), mx.int32)
+    cache, donors = state.cache, target.config.text.donors
+    context = drafter.context(
+        {kind: cache.read(layer) for kind, layer in donors.items()},
+        {kind: cache.key_positions(kind) for kind in donors},
+        cache.lengths,
+    )
+    token, hidden = state.last_token[:, None], state.hidden
+    drafts = []
+    for step in range(num_draft_tokens):
+        candidates, hidden = drafter(target.embed(token), hidden, context)
+        token = choose_draft(state.sampler, candidates, None if noise is None else noise[:, step : step + 1])
+        drafts.append(token)
+    return mx.concatenate(drafts, axis=1)
+
+
+def choose_draft(sampler: Sampler, candidates: Candidates, noise: mx.array | None) -> mx.array:
+    """Draws among the candidates only: [B, 1] int32. noise: [B, 1, V] or None."""
+    if candidates.token_ids is None:
+        return sampler.choose(candidates.logits, noise)
+    if noise is not None:
+        noise = mx.take_along_axis(noise, candidates.token_ids, axis=-1)
+    choice = sampler.choose(candidates.logits, noise)
+    return mx.take_along_axis(candidates.token_ids, choice[..., None], axis=-1)[..., 0]
+
+
+def padded_chunks(prompts: Sequence[Sequence[int]], chunk: int) -> list[tuple[mx.array, mx.array]]:
+    """Cuts prompts of any lengths into chunks for `prefill_chunk`: (tokens [B, L], valid [B]) with L <= chunk."""
+    longest = max(len(prompt) for prompt in prompts)
+    chunks = []
+    for start in range(0, longest, chunk):
+        width = min(chunk, longest - start)
+        pieces = [list(prompt[start : start + width]) for prompt in prompts]
+        tokens = [piece + [0] * (width - len(piece)) for piece in pieces]
+        chunks.append((mx.array(tokens, mx.int32), mx.array([len(piece) for piece in pieces], mx.int32)))
+    return chunks
