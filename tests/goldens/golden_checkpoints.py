@@ -218,7 +218,8 @@ def random_tensor(kind: Kind, role: str, name: str, shape: tuple[int, ...]) -> t
         # Below 1 in the target, so that the tied embedding of the last token does not win every argmax.
         values = 0.4 + 0.3 * generator.random(shape) if role == "target" else 0.8 + 0.3 * generator.random(shape)
     elif name.endswith("q_norm.weight"):
-        values = 0.4 + 0.1 * normal  # attention scale is 1: smaller queries keep every key of the window felt
+        # Attention scale is 1: smaller queries keep every key of the window felt, and float32 rounding from growing.
+        values = (0.25 if kind.unified else 0.2) * (1.0 + 0.24 * normal)
     elif "norm" in name or name.endswith(("router.scale", "per_expert_scale")):
         values = 1.0 + 0.25 * normal
     elif name.endswith("embed_tokens.weight"):
