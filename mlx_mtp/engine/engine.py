@@ -79,10 +79,10 @@ class Engine:
         with wired_memory():
             state = self._prefill(requests, on_prefill)
             packed = mx.stack([state.last_token, mx.zeros_like(state.last_token)], axis=1)
-            flight = _Flight(RoundOutput(packed), tuple(requests), 0, is_round=False)
+            flight: _Flight | None = _Flight(RoundOutput(packed), tuple(requests), 0, is_round=False)
             mx.async_eval(packed, state.hidden)
             rows = list(requests)
-            while rows:
+            while rows and flight is not None:
                 in_flight = flight
                 if all(len(row.tokens) + 1 >= row.most_tokens for row in rows):
                     flight = None  # what is in flight fills every row: another round would be thrown away
@@ -128,10 +128,10 @@ class Engine:
             sampler=Sampler.of([request.sampling for request in requests]),
         )
         total, done = sum(len(prompt) for prompt in prompts), 0
-        for tokens, valid in padded_chunks(prompts, self._config.prefill_chunk):
+        for start, tokens, valid in padded_chunks(prompts, self._config.prefill_chunk):
             state = prefill_chunk(self._target, state, tokens, valid)
             mx.eval(state.hidden, *cache.arrays)
-            done += int(valid.sum().item())
+            done += sum(min(max(len(prompt) - start, 0), tokens.shape[1]) for prompt in prompts)
             if on_prefill is not None:
                 on_prefill(done, total)
         cache.tighten(max(len(prompt) for prompt in prompts))

@@ -93,6 +93,13 @@ class Request:
         self.tokens += taken
         return taken
 
+    def stop_after(self, count: int) -> int:
+        """Ends the request with its first `count` tokens (a stop string ends there); returns how many were dropped."""
+        surplus = len(self.tokens) - count
+        del self.tokens[count:]
+        self.finish_reason = "stop"
+        return surplus
+
     def count_round(self, drafted: int, accepted: int) -> None:
         self.rounds += 1
         self.drafted += drafted

@@ -64,7 +64,7 @@ class GatedMLP(nn.Module):
 
 
 def rotary_frequencies(config: RotaryConfig) -> mx.array:
-    """Periods `theta^(2i / head_dim) * factor` as mx.fast.rope wants them: [head_dim / 2], infinite where nothing turns.
+    """Periods `theta^(2i / head_dim) * factor` for mx.fast.rope: [head_dim / 2], infinite where nothing turns.
 
     Source: transformers' "default" and "proportional" rope; the exponent runs over head_dim in both.
     """

@@ -69,7 +69,6 @@ class Target(nn.Module):
         x = self.embed(tokens)
         per_layer = self._per_layer_inputs(tokens, x)
         offset = stage.positions[:, 0]
-        index = None if keep is None else keep[:, None, None]
         masks = {
             kind: target_mask(stage.positions, stage.key_positions(kind), text.window if kind == SLIDING else None)
             for kind in ATTENTION_KINDS if kind in text.rotary
@@ -79,9 +78,10 @@ class Target(nn.Module):
             rotary, normed = self._rotary[settings.kind], layer.input_layernorm(x)
             if settings.kv_source == i:
                 shared[i] = stage.put(i, *layer.self_attn.keys_values(normed, rotary, offset))
-            if i == self._last_owner and index is not None:
-                x, normed, *per_layer = (_at(array, index, axis=1) for array in (x, normed, *per_layer))
-                masks = {kind: _at(mask, index[:, None], axis=2) for kind, mask in masks.items()}
+            if i == self._last_owner and keep is not None:
+                x, normed = _at(x, keep, axis=1), _at(normed, keep, axis=1)
+                per_layer = [None if one is None else _at(one, keep, axis=1) for one in per_layer]
+                masks = {kind: _at(mask, keep, axis=2) for kind, mask in masks.items()}
                 offset = offset + keep
             attended = layer.self_attn(normed, *shared[settings.kv_source], masks[settings.kind], rotary, offset)
             x = layer.finish(x, attended, per_layer[i])
@@ -107,6 +107,6 @@ class Target(nn.Module):
         return [inputs[:, :, i] for i in range(len(text.layers))]
 
 
-def _at(array: mx.array | None, index: mx.array, axis: int) -> mx.array | None:
-    """One position a row of an array's `axis`; a missing array stays missing."""
-    return None if array is None else mx.take_along_axis(array, index, axis=axis)
+def _at(array: mx.array, index: mx.array, axis: int) -> mx.array:
+    """One position a row, `index` [B], of an array's `axis`; the axis stays, with size 1."""
+    return mx.take_along_axis(array, index.reshape(-1, *[1] * (array.ndim - 1)), axis=axis)

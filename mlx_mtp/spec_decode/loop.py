@@ -142,13 +142,13 @@ def choose_draft(sampler: Sampler, candidates: Candidates, noise: mx.array | Non
     return mx.take_along_axis(candidates.token_ids, choice[..., None], axis=-1)[..., 0]
 
 
-def padded_chunks(prompts: Sequence[Sequence[int]], chunk: int) -> list[tuple[mx.array, mx.array]]:
-    """Cuts prompts of any lengths into chunks for `prefill_chunk`: (tokens [B, L], valid [B]) with L <= chunk."""
+def padded_chunks(prompts: Sequence[Sequence[int]], chunk: int) -> list[tuple[int, mx.array, mx.array]]:
+    """Cuts prompts of any lengths into chunks for `prefill_chunk`: (start, tokens [B, L <= chunk], valid [B])."""
     longest = max(len(prompt) for prompt in prompts)
     chunks = []
     for start in range(0, longest, chunk):
         width = min(chunk, longest - start)
         pieces = [list(prompt[start : start + width]) for prompt in prompts]
         tokens = [piece + [0] * (width - len(piece)) for piece in pieces]
-        chunks.append((mx.array(tokens, mx.int32), mx.array([len(piece) for piece in pieces], mx.int32)))
+        chunks.append((start, mx.array(tokens, mx.int32), mx.array([len(piece) for piece in pieces], mx.int32)))
     return chunks

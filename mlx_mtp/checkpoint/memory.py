@@ -1,0 +1,49 @@
+"""What a pair needs and what the device has, compared before anything is read."""
+
+from __future__ import annotations
+
+import os
+
+import mlx.core as mx
+
+from mlx_mtp.config import SLIDING, TextConfig
+from mlx_mtp.errors import MemoryBudgetError
+from mlx_mtp.kv_cache import layer_shapes
+
+GB = 1e9
+WORKING_SPACE = 0.05  # of the device's memory: activations, logits, masks
+
+
+def device_memory() -> int:
+    """Bytes that models may take on the default device: the recommended working set on Metal, else all there is."""
+    if mx.metal.is_available():
+        return int(mx.device_info()["max_recommended_working_set_size"])
+    info = mx.device_info()
+    if "total_memory" in info and mx.default_device().type == mx.DeviceType.gpu:
+        return int(info["total_memory"])
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def cache_bytes(config: TextConfig, context: int, slack: int, dtype: mx.Dtype) -> int:
+    """Bytes of one row's K/V at `context` tokens; sliding layers stop growing at their window."""
+    return sum(
+        shape.numbers_per_position * (config.window + slack if shape.kind == SLIDING else context) * dtype.size
+        for shape in layer_shapes(config).values()
+    )
+
+
+def check_memory(config: TextConfig, weight_bytes: int, context: int, slack: int, dtype: mx.Dtype, budget: int) -> None:
+    """Raises MemoryBudgetError, with what would fit instead, if weights and one row's cache exceed `budget` bytes."""
+    usable = budget * (1 - WORKING_SPACE)
+    cache = cache_bytes(config, context, slack, dtype)
+    if weight_bytes + cache <= usable:
+        return
+    message = (f"needs {(weight_bytes + cache) / GB:.1f} GB (weights {weight_bytes / GB:.1f}, cache for {context} "
+               f"tokens {cache / GB:.1f}), but the device has {usable / GB:.1f} GB for them: ")
+    per_token = (cache_bytes(config, 2, slack, dtype) - cache_bytes(config, 1, slack, dtype)) or 1
+    room = usable - weight_bytes - cache_bytes(config, 0, slack, dtype)
+    if room >= 256 * per_token:
+        raise MemoryBudgetError(message + f"a context of {int(room / per_token) // 256 * 256} tokens would fit "
+                                          "(--max-context)")
+    share = usable / weight_bytes
+    raise MemoryBudgetError(message + f"use a checkpoint quantized to about {share:.0%} of this one's size or less")

@@ -1,0 +1,122 @@
+"""Text <-> tokens, on mlx-lm's tokenizer: prompts and chat templates in, text segment by segment out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mlx_mtp.errors import CheckpointError, RequestError
+
+Message = Mapping[str, Any]
+
+
+class Tokenizer:
+    """A checkpoint's tokenizer, chat template and stop tokens."""
+
+    def __init__(self, folder: Path) -> None:
+        """Raises CheckpointError if the folder has no readable tokenizer."""
+        if not (folder / "tokenizer.json").is_file() and not (folder / "tokenizer.model").is_file():
+            raise CheckpointError(f"{folder} has no tokenizer.json: copy it from the original checkpoint")
+        # Imported here: it imports transformers, which takes a second that `--help` must not take.
+        from mlx_lm.tokenizer_utils import load
+
+        try:
+            self._wrapped = load(folder, eos_token_ids=_stop_tokens(folder))
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{folder}: the tokenizer cannot be read: {error}") from error
+
+    @property
+    def stop_tokens(self) -> frozenset[int]:
+        return frozenset(self._wrapped.eos_token_ids)
+
+    @property
+    def has_chat_template(self) -> bool:
+        return bool(self._wrapped.has_chat_template)
+
+    def encode(self, text: str) -> list[int]:
+        """Plain text as it stands, begun with <bos> if it does not say so itself."""
+        bos = self._wrapped.bos_token
+        starts = bos is not None and text.startswith(bos)
+        return list(self._wrapped.encode(text, add_special_tokens=not starts))
+
+    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
+        """A conversation, through the chat template, up to where the model's answer begins."""
+        if not self.has_chat_template:
+            raise RequestError("this checkpoint has no chat template: pass --ignore-chat-template (in Python: give "
+                               "the prompt as plain text)")
+        tokens = self._wrapped.apply_chat_template(messages, add_generation_prompt=True, enable_thinking=False)
+        return list(tokens)
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        return str(self._wrapped.decode(tokens))
+
+    def stream(self, stop: Sequence[str] = ()) -> TextStream:
+        return TextStream(self._wrapped.detokenizer, stop)
+
+
+class TextStream:
+    """Turns one request's tokens into text as they come, and ends it at a stop string.
+
+    What may be the beginning of a stop string, or of a character, is held back until that is decided.
+    """
+
+    def __init__(self, detokenizer: Any, stop: Sequence[str]) -> None:
+        self._detokenizer, self._stop = detokenizer, tuple(stop)
+        self._held = ""
+        self.text = ""
+        self.num_tokens = 0
+        self.is_stopped = False
+
+    def add(self, tokens: Sequence[int]) -> str:
+        """Returns the text that `tokens` make certain; sets `is_stopped` at a stop string."""
+        segments = []
+        for token in tokens:
+            if not self.is_stopped:
+                self._detokenizer.add_token(token)
+                self.num_tokens += 1
+                segments.append(self._release(self._detokenizer.last_segment))
+        return "".join(segments)
+
+    def finish(self) -> str:
+        """Returns what was held back; after that the text is whole."""
+        if self.is_stopped:
+            return ""
+        self._detokenizer.finalize()
+        segment = self._release(self._detokenizer.last_segment)
+        rest, self._held = ("", "") if self.is_stopped else (self._held, "")
+        self.text += rest
+        return segment + rest
+
+    def _release(self, segment: str) -> str:
+        """Adds a segment to what is held and gives out as much as no stop string can touch any more."""
+        pending = self._held + segment
+        ends = [position for position in map(pending.find, self._stop) if position >= 0]
+        if ends:
+            released, self._held, self.is_stopped = pending[: min(ends)], "", True
+        else:
+            held = max((_overlap(pending, stop) for stop in self._stop), default=0)
+            released, self._held = pending[: len(pending) - held], pending[len(pending) - held :]
+        self.text += released
+        return released
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that is a beginning of `stop`."""
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
+
+
+def _stop_tokens(folder: Path) -> list[int] | None:
+    """End-of-turn ids from generation_config.json (Gemma 4 has three), else from config.json."""
+    for name in ("generation_config.json", "config.json"):
+        try:
+            raw = json.loads((folder / name).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            continue
+        except ValueError as error:
+            raise CheckpointError(f"{folder / name} cannot be read as JSON: {error}") from error
+        ids = raw.get("eos_token_id") or raw.get("text_config", {}).get("eos_token_id")
+        if ids is not None:
+            return [ids] if isinstance(ids, int) else list(ids)
+    return None
