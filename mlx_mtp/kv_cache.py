@@ -93,7 +93,7 @@ class KVCache:
     @property
     def arrays(self) -> list[mx.array]:
         """Everything that the next round depends on: hand it to `mx.async_eval`."""
-        return [self._lengths, *(array for pair in self._buffers.values() for array in pair)]
+        return [self._lengths, *self._buffers.values()]
 
     def stage(self, num_tokens: int, valid: mx.array | None = None) -> CacheStage:
         """Opens a pass over `num_tokens` new tokens a row.
@@ -123,10 +123,11 @@ class KVCache:
         """Ends a row: the last row moves into its place (one copy of one row)."""
         last = self._rows - 1
         if row != last:
-            for pair in self._buffers.values():
-                for buffer in pair:
-                    buffer[row : row + 1] = mx.take(buffer, mx.array([last]), axis=0)  # a view would copy it whole
-            self._lengths = mx.where(mx.arange(self._lengths.size) == row, self._lengths[last], self._lengths)
+            for buffer in self._buffers.values():
+                buffer[:, row : row + 1] = mx.take(buffer, mx.array([last]), axis=1)  # a view would copy it whole
+        index = mx.arange(self._lengths.size)
+        moved = mx.where(index == row, self._lengths[last], self._lengths)
+        self._lengths = mx.where(index == last, 0, moved)  # unused rows are written too, so they must stay small
         self._rows = last
 
     def read(self, layer: int) -> tuple[mx.array, mx.array]:
@@ -137,9 +138,10 @@ class KVCache:
         """[rows or 1, S] int32: the position of each key given by `read`, as far as it is committed."""
         return self._positions(kind, self.lengths - 1)
 
-    def _allocate(self, rows: int, shape: LayerShape) -> list[mx.array]:
+    def _allocate(self, rows: int, shape: LayerShape) -> mx.array:
+        """[2, rows, kv heads, capacity, head_dim]: keys and values, so that one operation writes both."""
         capacity = self._ring if shape.kind == SLIDING else self._full_capacity
-        return [mx.zeros((rows, shape.num_kv_heads, capacity, shape.head_dim), self._dtype) for _ in range(2)]
+        return mx.zeros((2, rows, shape.num_kv_heads, capacity, shape.head_dim), self._dtype)
 
     def _grow(self, needed: int) -> None:
         if needed <= self._full_capacity:
@@ -147,16 +149,22 @@ class KVCache:
         grown = round_up(needed + needed // 4, GROW_STEP)
         for i, shape in self._shapes.items():
             if shape.kind != SLIDING:
-                padding = [(0, 0), (0, 0), (0, grown - self._full_capacity), (0, 0)]
-                self._buffers[i] = [mx.pad(buffer, padding) for buffer in self._buffers[i]]
+                padding = [(0, 0), (0, 0), (0, 0), (0, grown - self._full_capacity), (0, 0)]
+                self._buffers[i] = mx.pad(self._buffers[i], padding)
         self._full_capacity = grown
 
+    def _write(self, layer: int, slots: mx.array, new: mx.array) -> None:
+        """Puts `new` [2, rows in use, kv heads, L, head_dim] at `slots` [all rows, L] of a layer, in place."""
+        unused = self._lengths.size - self._rows
+        if unused:
+            new = mx.pad(new, [(0, 0), (0, unused), (0, 0), (0, 0), (0, 0)])
+        slots = slots[None, :, None, :, None]
+        self._buffers[layer] = mx.put_along_axis(self._buffers[layer], slots, new, axis=3)
+
     def _visible(self, layer: int, extra: int = 0) -> tuple[mx.array, mx.array]:
-        keys, values = self._buffers[layer]
-        if self._shapes[layer].kind == SLIDING:
-            return keys[: self._rows], values[: self._rows]
-        end = self._read_end(extra)
-        return keys[: self._rows, :, :end], values[: self._rows, :, :end]
+        buffer = self._buffers[layer]
+        end = self._ring if self._shapes[layer].kind == SLIDING else self._read_end(extra)
+        return buffer[0, : self._rows, :, :end], buffer[1, : self._rows, :, :end]
 
     def _read_end(self, extra: int) -> int:
         return min(round_up(max(self.bound + extra, 1), READ_STEP), self._full_capacity)
@@ -174,11 +182,11 @@ class CacheStage:
     def __init__(self, cache: KVCache, num_tokens: int, valid: mx.array | None) -> None:
         self._cache, self._num_tokens = cache, num_tokens
         lengths = cache.lengths
-        self._rows = mx.arange(cache.rows)[:, None]
-        self.positions = lengths[:, None] + mx.arange(num_tokens, dtype=mx.int32)
+        self._full_slots = cache._lengths[:, None] + mx.arange(num_tokens, dtype=mx.int32)
+        self.positions = self._full_slots[: cache.rows]
         self._through_ring = valid is None
         if valid is None:
-            self._ring_slots = mx.remainder(self.positions, cache._ring)
+            self._ring_slots = mx.remainder(self._full_slots, cache._ring)
             self._ring_positions = cache._positions(SLIDING, lengths + (num_tokens - 1))
         else:
             # A prefill chunk may be longer than the ring: it attends to the ring as it was and to itself.
@@ -195,18 +203,16 @@ class CacheStage:
 
     def put(self, layer: int, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Stages K/V [rows, kv heads, L, head_dim]; returns all that the pass may attend to."""
-        cache = self._cache
-        buffers = cache._buffers[layer]
+        cache, new = self._cache, mx.stack([keys, values])
         sliding = cache._shapes[layer].kind == SLIDING
         if sliding and not self._through_ring:
-            return self._put_chunk(buffers[0], keys), self._put_chunk(buffers[1], values)
-        slots = self._ring_slots if sliding else self.positions
-        for buffer, new in zip(buffers, (keys, values), strict=True):
-            buffer[self._rows, :, slots] = new.transpose(0, 2, 1, 3)
+            return self._put_chunk(layer, new)
+        cache._write(layer, self._ring_slots if sliding else self._full_slots, new)
         return cache._visible(layer, self._num_tokens)
 
-    def _put_chunk(self, buffer: mx.array, new: mx.array) -> mx.array:
+    def _put_chunk(self, layer: int, new: mx.array) -> tuple[mx.array, mx.array]:
         """Writes the newest real tokens of a chunk into a ring; returns the old ring and the whole chunk, in a row."""
-        both = mx.concatenate([buffer[: self._cache.rows], new], axis=2)
-        buffer[: self._cache.rows] = mx.take_along_axis(both, self._ring_source[:, None, :, None], axis=2)
-        return both
+        buffer, rows = self._cache._buffers[layer], self._cache.rows
+        both = mx.concatenate([buffer[:, :rows], new], axis=3)
+        buffer[:, :rows] = mx.take_along_axis(both, self._ring_source[None, :, None, :, None], axis=3)
+        return both[0], both[1]

@@ -123,7 +123,7 @@ class Engine:
         cache = KVCache(layer_shapes(text), text.window, slack, len(prompts), self._target.dtype, reserve)
         state = DecodeState(
             last_token=mx.zeros((len(prompts),), mx.int32),
-            hidden=mx.zeros((len(prompts), 1, text.hidden_size), self._target.dtype),
+            hidden=mx.zeros((len(prompts), text.hidden_size), self._target.dtype),
             cache=cache,
             sampler=Sampler.of([request.sampling for request in requests]),
         )

@@ -14,8 +14,8 @@ from mlx_mtp.models.moe import Experts, Router
 class DecoderLayer(nn.Module):
     """Attention, MLP (with experts beside it in a mixture), per-layer input, layer scalar.
 
-    The pieces are methods because attention needs K/V from outside in between: `attention_input` gives what queries,
-    keys and values are projected from, `finish` takes attention's output.
+    There is no single call, since attention needs K/V from outside in between: the caller norms the input with
+    `input_layernorm`, runs `self_attn` on it, and hands the result to `finish`.
     """
 
     def __init__(self, config: TextConfig, index: int, owns_kv: bool) -> None:
@@ -44,8 +44,8 @@ class DecoderLayer(nn.Module):
     def finish(self, residual: mx.array, attended: mx.array, per_layer_input: mx.array | None) -> mx.array:
         """Everything after attention.
 
-        residual: [B, L, D], the layer's input; attended: [B, L, D], attention's output;
-        per_layer_input: [B, L, width] or None -> [B, L, D].
+        residual: [N, D], the layer's input; attended: [N, D], attention's output;
+        per_layer_input: [N, width] or None -> [N, D].
         """
         x = residual + self.post_attention_layernorm(attended)
         x = x + self.post_feedforward_layernorm(self._feed_forward(x))
@@ -58,7 +58,6 @@ class DecoderLayer(nn.Module):
         dense = self.mlp(self.pre_feedforward_layernorm(x))
         if not self._is_mixture:
             return dense
-        flat = x.reshape(-1, x.shape[-1])
-        chosen, weights = self.router(flat)  # the router reads the residual itself; only the experts get a norm
-        sparse = self.experts(self.pre_feedforward_layernorm_2(flat), chosen, weights).reshape(x.shape)
+        chosen, weights = self.router(x)  # the router reads the residual itself; only the experts get a norm
+        sparse = self.experts(self.pre_feedforward_layernorm_2(x), chosen, weights)
         return self.post_feedforward_layernorm_1(dense) + self.post_feedforward_layernorm_2(sparse)

@@ -19,8 +19,9 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_mtp.config import SLIDING, AttentionKind, CentroidConfig, DrafterConfig
+from mlx_mtp.models.attention import Mask
 from mlx_mtp.models.decoder_layer import DecoderLayer
-from mlx_mtp.models.layers import RMSNorm, Rotary
+from mlx_mtp.models.layers import RMSNorm, Rotary, Turn
 from mlx_mtp.models.masks import drafter_mask
 
 
@@ -29,24 +30,24 @@ class Context:
     """What all steps of a round share.
 
     keys_values: for each attention kind the donor layer's committed K/V, [B, kv heads, S, head_dim] each;
-    masks: [B, 1, 1, S] for each kind; position: [B] int32, where the queries stand.
+    masks: of [B, 1, 1, S], for each kind; turns: the queries' rotation to their position, for each kind.
     """
 
     keys_values: Mapping[AttentionKind, tuple[mx.array, mx.array]]
-    masks: Mapping[AttentionKind, mx.array]
-    position: mx.array
+    masks: Mapping[AttentionKind, Mask]
+    turns: Mapping[AttentionKind, Turn]
 
 
 @dataclass(frozen=True)
 class Candidates:
-    """Scores of the tokens a draft may be: logits [B, 1, C] of `token_ids` [B, 1, C], or of all V tokens if None."""
+    """Scores of the tokens a draft may be: logits [B, C] of `token_ids` [B, C], or of all V tokens if None."""
 
     logits: mx.array
     token_ids: mx.array | None = None
 
 
 class CentroidHead(nn.Module):
-    """Scores only the tokens of the best clusters: [B, 1, d] -> C = top_k * V / num_centroids candidates.
+    """Scores only the tokens of the best clusters: [B, d] -> C = top_k * V / num_centroids candidates.
 
     token_ordering: [V], cluster by cluster the ids of its tokens; centroids choose clusters and score nothing else.
     """
@@ -60,8 +61,8 @@ class CentroidHead(nn.Module):
     def __call__(self, y: mx.array, embeddings: nn.Embedding) -> Candidates:
         clusters = mx.argpartition(-self.centroids(y), kth=self._config.top_k - 1, axis=-1)[..., : self._config.top_k]
         members = self.token_ordering.reshape(self._config.num_centroids, -1)[clusters]
-        token_ids = members.reshape(*y.shape[:-1], -1)
-        logits = (y[..., None, :] @ embeddings(token_ids).swapaxes(-1, -2)).squeeze(-2)
+        token_ids = members.reshape(y.shape[0], -1)
+        logits = (embeddings(token_ids) @ y[:, :, None])[:, :, 0]
         return Candidates(logits, token_ids)
 
 
@@ -93,21 +94,20 @@ class Drafter(nn.Module):
         them one to the left, at -1; which keys they see does not change.
         """
         masks = {
-            kind: drafter_mask(newest_positions, positions, self.config.text.window if kind == SLIDING else None)
+            kind: Mask(drafter_mask(newest_positions, positions, self.config.text.window if kind == SLIDING else None))
             for kind, positions in key_positions.items()
         }
-        return Context(keys_values, masks, newest_positions + position_shift)
+        turns = {kind: rotary.at(newest_positions + position_shift, 1) for kind, rotary in self._rotary.items()}
+        return Context(keys_values, masks, turns)
 
     def __call__(self, embedding: mx.array, hidden: mx.array, context: Context) -> tuple[Candidates, mx.array]:
-        """One step. embedding: [B, 1, backbone], the target's scaled embedding of the last token; hidden: [B, 1,
-        backbone], the target's after its final norm, or the last step's. Returns candidates and the next hidden."""
+        """One step. embedding: [B, backbone], the target's scaled embedding of the last token; hidden: [B, backbone],
+        the target's after its final norm, or the last step's. Returns candidates and the next hidden."""
         x = self.pre_projection(mx.concatenate([embedding, hidden], axis=-1))
         for layer, settings in zip(self.layers, self.config.text.layers, strict=True):
             kind = settings.kind
             keys, values = context.keys_values[kind]
-            attended = layer.self_attn(
-                layer.input_layernorm(x), keys, values, context.masks[kind], self._rotary[kind], context.position
-            )
+            attended = layer.self_attn(layer.input_layernorm(x), keys, values, context.masks[kind], context.turns[kind])
             x = layer.finish(x, attended, None)
         y = self.norm(x)
         if self.config.centroids is None:

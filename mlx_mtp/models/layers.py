@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 
 import mlx.core as mx
@@ -11,17 +10,9 @@ import mlx.nn as nn
 from mlx_mtp.config import RotaryConfig
 
 
-def fused(function: Callable[..., mx.array]) -> Callable[..., mx.array]:
-    """One kernel for an element-wise function where that needs no compiler on the user's machine.
-
-    On a GPU MLX compiles at run time by itself; on CPU it would call the system's C++ compiler, which may be missing.
-    """
-    compiled = mx.compile(function, shapeless=True)
-
-    def call(*arrays: mx.array) -> mx.array:
-        return compiled(*arrays) if mx.default_device().type == mx.DeviceType.gpu else function(*arrays)
-
-    return call
+# Element-wise chains become one kernel. On a GPU MLX compiles them itself; on CPU it does where there is a C++ compiler
+# and runs them one by one where there is none.
+fused = partial(mx.compile, shapeless=True)
 
 
 @fused
@@ -40,8 +31,35 @@ def softcap(logits: mx.array, cap: float | None) -> mx.array:
     return logits if cap is None else _softcap(logits, mx.array(cap, logits.dtype))
 
 
+def lacks_fast_kernels(x: mx.array) -> bool:
+    """Whether mx.fast would fall back to a chain of small operations: on CPU, whose float32 twins here are shorter."""
+    return x.dtype == mx.float32 and mx.default_device().type == mx.DeviceType.cpu
+
+
+def rms_norm(x: mx.array, weight: mx.array | None, eps: float) -> mx.array:
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis, in float32 inside."""
+    if not lacks_fast_kernels(x):
+        return mx.fast.rms_norm(x, weight, eps)
+    squares, width = mx.square(x).sum(axis=-1, keepdims=True), mx.array(x.shape[-1], mx.float32)
+    if weight is None:
+        return _normalize(x, squares, width, mx.array(eps))
+    return _normalize_and_scale(x, squares, width, mx.array(eps), weight)
+
+
+@fused
+def _normalize(x: mx.array, squares: mx.array, width: mx.array, eps: mx.array) -> mx.array:
+    return x * mx.rsqrt(squares / width + eps)
+
+
+@fused
+def _normalize_and_scale(
+    x: mx.array, squares: mx.array, width: mx.array, eps: mx.array, weight: mx.array
+) -> mx.array:
+    return x * mx.rsqrt(squares / width + eps) * weight
+
+
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight, in float32 inside. The weight is the factor itself, not 1 + weight as in Gemma 1 to 3."""
+    """Root-mean-square norm. The weight is the factor itself, not 1 + weight as in Gemma 1 to 3."""
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
@@ -49,7 +67,7 @@ class RMSNorm(nn.Module):
         self._eps = eps
 
     def __call__(self, x: mx.array) -> mx.array:
-        return mx.fast.rms_norm(x, self.weight, self._eps)
+        return rms_norm(x, self.weight, self._eps)
 
 
 class GatedMLP(nn.Module):
@@ -75,15 +93,45 @@ def rotary_frequencies(config: RotaryConfig) -> mx.array:
 
 
 class Rotary:
-    """Turns queries and keys of one attention kind. Holds no weights."""
+    """The rotary embedding of one attention kind. Holds no weights."""
 
     def __init__(self, config: RotaryConfig) -> None:
-        self._rope = partial(mx.fast.rope, dims=config.head_dim, traditional=False, base=None, scale=1.0)
         self._periods = rotary_frequencies(config)
 
-    def __call__(self, x: mx.array, offset: mx.array) -> mx.array:
-        """x: [B, heads, L, head_dim]; offset: [B], each row's position of its first token."""
-        return self._rope(x, offset=offset, freqs=self._periods)
+    def at(self, offset: mx.array, length: int) -> Turn:
+        """Prepares the rotation of `length` tokens a row from position `offset` [B] on, for all layers of a pass."""
+        return Turn(self._periods, offset, length)
+
+
+class Turn:
+    """Rotates queries or keys [B, heads, L, head_dim] by their positions; dimension i is paired with i + half.
+
+    Without a fast kernel sines and cosines are computed once, [B, 1, L, 2, half], the sines of the first half negated.
+    """
+
+    def __init__(self, periods: mx.array, offset: mx.array, length: int) -> None:
+        self._periods, self._offset, self._length = periods, offset, length
+        self._tables: tuple[mx.array, mx.array] | None = None
+
+    def __call__(self, x: mx.array) -> mx.array:
+        if not lacks_fast_kernels(x):
+            return mx.fast.rope(x, x.shape[-1], traditional=False, base=None, scale=1.0, offset=self._offset,
+                                freqs=self._periods)
+        if self._tables is None:
+            self._tables = self._cosines_sines()
+        halves = x.reshape(*x.shape[:-1], 2, -1)
+        return _rotate(halves, halves[..., ::-1, :], *self._tables).reshape(x.shape)
+
+    def _cosines_sines(self) -> tuple[mx.array, mx.array]:
+        positions = (self._offset[:, None] + mx.arange(self._length))[:, None, :, None, None]
+        angles = positions.astype(mx.float32) / self._periods
+        sines = mx.sin(angles)
+        return mx.cos(angles), mx.concatenate([-sines, sines], axis=-2)
+
+
+@fused
+def _rotate(halves: mx.array, swapped: mx.array, cosines: mx.array, sines: mx.array) -> mx.array:
+    return halves * cosines + swapped * sines
 
 
 def embed_scaled(table: nn.Embedding, tokens: mx.array, width: int) -> mx.array:

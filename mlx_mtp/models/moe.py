@@ -8,7 +8,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_mtp.config import ExpertsConfig
-from mlx_mtp.models.layers import geglu
+from mlx_mtp.models.layers import geglu, rms_norm
 
 # Sorting lets neighbouring rows share an expert's weights; below this many routes it costs more than it saves.
 SORT_FROM_ROUTES = 64
@@ -26,7 +26,7 @@ class Router(nn.Module):
 
     def __call__(self, x: mx.array) -> tuple[mx.array, mx.array]:
         """x: [N, D] -> expert indices [N, top_k] (uint32) and their weights [N, top_k]."""
-        scores = self.proj(mx.fast.rms_norm(x, self.scale * self._root, self._eps))
+        scores = self.proj(rms_norm(x, self.scale * self._root, self._eps))
         chosen = mx.argpartition(-scores, kth=self._top_k - 1, axis=-1)[:, : self._top_k]
         weights = mx.softmax(mx.take_along_axis(scores, chosen, axis=-1), axis=-1, precise=True)
         return chosen, weights * self.per_expert_scale[chosen]

@@ -12,7 +12,8 @@ from typing import Protocol
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_mtp.config import ATTENTION_KINDS, SLIDING, AttentionKind, TargetConfig
+from mlx_mtp.config import SLIDING, AttentionKind, TargetConfig
+from mlx_mtp.models.attention import Mask
 from mlx_mtp.models.decoder_layer import DecoderLayer
 from mlx_mtp.models.layers import RMSNorm, Rotary, embed_scaled, softcap
 from mlx_mtp.models.masks import target_mask
@@ -51,7 +52,7 @@ class Target(nn.Module):
         self._rotary = {kind: Rotary(rotary) for kind, rotary in text.rotary.items()}
 
     def embed(self, tokens: mx.array) -> mx.array:
-        """Scaled embeddings: tokens [B, L] -> [B, L, D]. The drafter reads the same."""
+        """Scaled embeddings: tokens [...] -> [..., D]. The drafter reads the same."""
         return embed_scaled(self.embed_tokens, tokens, self.config.text.hidden_size)
 
     @property
@@ -65,27 +66,30 @@ class Target(nn.Module):
         keep: [B] int32 asks for one position a row only, [B, 1, D]: all K/V are staged, but what comes after the last
         layer that owns K/V runs on the kept position alone. On E2B and E4B that is about half of a prefill.
         """
-        text = self.config.text
-        x = self.embed(tokens)
-        per_layer = self._per_layer_inputs(tokens, x)
-        offset = stage.positions[:, 0]
-        masks = {
+        text, (batch, length) = self.config.text, tokens.shape
+        seen = {
             kind: target_mask(stage.positions, stage.key_positions(kind), text.window if kind == SLIDING else None)
-            for kind in ATTENTION_KINDS if kind in text.rotary
+            for kind in self._rotary
         }
+        masks = {kind: Mask(array) for kind, array in seen.items()}
+        turns = {kind: rotary.at(stage.positions[:, 0], length) for kind, rotary in self._rotary.items()}
+        x = self.embed(tokens.reshape(-1))
+        per_layer = self._per_layer_inputs(tokens.reshape(-1), x)
         shared: dict[int, tuple[mx.array, mx.array]] = {}
         for i, (layer, settings) in enumerate(zip(self.layers, text.layers, strict=True)):
-            rotary, normed = self._rotary[settings.kind], layer.input_layernorm(x)
+            normed = layer.input_layernorm(x)
             if settings.kv_source == i:
-                shared[i] = stage.put(i, *layer.self_attn.keys_values(normed, rotary, offset))
+                shared[i] = stage.put(i, *layer.self_attn.keys_values(normed, batch, turns[settings.kind]))
             if i == self._last_owner and keep is not None:
-                x, normed = _at(x, keep, axis=1), _at(normed, keep, axis=1)
-                per_layer = [None if one is None else _at(one, keep, axis=1) for one in per_layer]
-                masks = {kind: _at(mask, keep, axis=2) for kind, mask in masks.items()}
-                offset = offset + keep
-            attended = layer.self_attn(normed, *shared[settings.kv_source], masks[settings.kind], rotary, offset)
+                kept = mx.arange(batch) * length + keep
+                x, normed = x[kept], normed[kept]
+                per_layer = [None if one is None else one[kept] for one in per_layer]
+                at = keep[:, None, None, None]
+                masks = {kind: Mask(mx.take_along_axis(array, at, axis=2)) for kind, array in seen.items()}
+                turns = {kind: rotary.at(stage.positions[:, 0] + keep, 1) for kind, rotary in self._rotary.items()}
+            attended = layer.self_attn(normed, *shared[settings.kv_source], masks[settings.kind], turns[settings.kind])
             x = layer.finish(x, attended, per_layer[i])
-        return self.norm(x)
+        return self.norm(x).reshape(batch, -1, text.hidden_size)
 
     def logits(self, hidden: mx.array) -> mx.array:
         """Soft-capped logits of the tied head: [..., D] -> [..., V]."""
@@ -94,7 +98,7 @@ class Target(nn.Module):
     def _per_layer_inputs(self, tokens: mx.array, x: mx.array) -> Sequence[mx.array | None]:
         """PLE: what each layer gets beside the residual stream, from the token's identity and from its embedding.
 
-        tokens: [B, L], x: their scaled embeddings [B, L, D] -> for each layer [B, L, width], or None without PLE.
+        tokens: [N], x: their scaled embeddings [N, D] -> for each layer [N, width], or None without PLE.
         """
         text = self.config.text
         if text.per_layer_input is None:
@@ -104,9 +108,4 @@ class Target(nn.Module):
         identity = embed_scaled(self.embed_tokens_per_layer, tokens, width).reshape(shape)
         context = (self.per_layer_model_projection(x) * text.hidden_size**-0.5).reshape(shape)
         inputs = (self.per_layer_projection_norm(context) + identity) * 2.0**-0.5
-        return [inputs[:, :, i] for i in range(len(text.layers))]
-
-
-def _at(array: mx.array, index: mx.array, axis: int) -> mx.array:
-    """One position a row, `index` [B], of an array's `axis`; the axis stays, with size 1."""
-    return mx.take_along_axis(array, index.reshape(-1, *[1] * (array.ndim - 1)), axis=axis)
+        return [inputs[:, i] for i in range(len(text.layers))]

@@ -34,14 +34,14 @@ class DraftModel(Protocol):
         """Builds once a round what its steps share."""
 
     def __call__(self, embedding: mx.array, hidden: mx.array, context: Context) -> tuple[Candidates, mx.array]:
-        """One step: ([B, 1, D], [B, 1, D]) -> candidates for the next token, hidden [B, 1, D] for the next step."""
+        """One step: ([B, D], [B, D]) -> candidates for the next token, hidden [B, D] for the next step."""
 
 
 @dataclass(frozen=True)
 class DecodeState:
     """A batch between two rounds; all of it on the device.
 
-    last_token: [B] int32, the newest token, not in the cache; hidden: [B, 1, D], the target's after its final norm at
+    last_token: [B] int32, the newest token, not in the cache; hidden: [B, D], the target's after its final norm at
     the position before; cache: the rows' K/V and lengths (mutable: a round commits to it); sampler: the rows' settings.
     """
 
@@ -75,14 +75,14 @@ def prefill_chunk(target: Target, state: DecodeState, tokens: mx.array, valid: m
     real tokens in this chunk becomes the one at the last of them.
     """
     stage = state.cache.stage(tokens.shape[1], valid)
-    last = target(tokens, stage, keep=mx.maximum(valid - 1, 0))
+    last = target(tokens, stage, keep=mx.maximum(valid - 1, 0))[:, 0]
     state.cache.commit(valid, tokens.shape[1])
-    return replace(state, hidden=mx.where((valid > 0)[:, None, None], last, state.hidden))
+    return replace(state, hidden=mx.where((valid > 0)[:, None], last, state.hidden))
 
 
 def first_token(target: Target, state: DecodeState) -> DecodeState:
     """Draws each row's first token from the last prompt position: the head runs on that one only."""
-    logits = target.logits(state.hidden)
+    logits = target.logits(state.hidden)[:, None]
     noise = state.sampler.noise(state.cache.lengths[:, None], logits.shape[-1])
     return replace(state, last_token=state.sampler.choose(logits, noise)[:, 0])
 
@@ -106,7 +106,7 @@ def decode_round(
     state = replace(
         state,
         last_token=mx.take_along_axis(tokens, accepted[:, None], axis=1)[:, 0],
-        hidden=mx.take_along_axis(hidden, accepted[:, None, None], axis=1),
+        hidden=mx.take_along_axis(hidden, accepted[:, None, None], axis=1)[:, 0],
     )
     return state, RoundOutput(mx.concatenate([tokens, accepted[:, None]], axis=1))
 
@@ -123,23 +123,24 @@ def draft(
         {kind: cache.key_positions(kind) for kind in donors},
         cache.lengths,
     )
-    token, hidden = state.last_token[:, None], state.hidden
+    token, hidden = state.last_token, state.hidden
     drafts = []
     for step in range(num_draft_tokens):
         candidates, hidden = drafter(target.embed(token), hidden, context)
-        token = choose_draft(state.sampler, candidates, None if noise is None else noise[:, step : step + 1])
+        token = choose_draft(state.sampler, candidates, None if noise is None else noise[:, step])
         drafts.append(token)
-    return mx.concatenate(drafts, axis=1)
+    return mx.stack(drafts, axis=1)
 
 
 def choose_draft(sampler: Sampler, candidates: Candidates, noise: mx.array | None) -> mx.array:
-    """Draws among the candidates only: [B, 1] int32. noise: [B, 1, V] or None."""
-    if candidates.token_ids is None:
-        return sampler.choose(candidates.logits, noise)
+    """Draws among the candidates only: [B] int32. noise: [B, V] or None."""
     if noise is not None:
-        noise = mx.take_along_axis(noise, candidates.token_ids, axis=-1)
-    choice = sampler.choose(candidates.logits, noise)
-    return mx.take_along_axis(candidates.token_ids, choice[..., None], axis=-1)[..., 0]
+        noise = noise if candidates.token_ids is None else mx.take_along_axis(noise, candidates.token_ids, axis=-1)
+        noise = noise[:, None]
+    choice = sampler.choose(candidates.logits[:, None], noise)
+    if candidates.token_ids is not None:
+        choice = mx.take_along_axis(candidates.token_ids, choice, axis=-1)
+    return choice[:, 0]
 
 
 def padded_chunks(prompts: Sequence[Sequence[int]], chunk: int) -> list[tuple[int, mx.array, mx.array]]:
