@@ -13,7 +13,14 @@ from mlx.utils import tree_flatten
 from mlx_mtp import demo
 from mlx_mtp.checkpoint import memory
 from mlx_mtp.checkpoint.hub import find_drafter, local_folder
-from mlx_mtp.checkpoint.loader import check_pair, default_dtype, load_drafter, load_target, materialize
+from mlx_mtp.checkpoint.loader import (
+    check_draft_bits,
+    check_pair,
+    default_dtype,
+    load_drafter,
+    load_target,
+    materialize,
+)
 from mlx_mtp.config import EngineConfig, SamplingParams
 from mlx_mtp.engine.engine import Engine
 from mlx_mtp.engine.request import FinishReason, Request, RequestStats
@@ -77,6 +84,7 @@ def load(
     draft_bits: int | None = None,
     max_context: int | None = None,
     dtype: mx.Dtype | None = None,
+    before_reading: Callable[[Pair], object] | None = None,
 ) -> Pair:
     """Loads a target and its drafter.
 
@@ -84,16 +92,19 @@ def load(
     draft_model: likewise; "auto" looks for `<model>-assistant` beside the folder or on the Hub; None: no drafter.
     draft_bits: quantizes the drafter while loading. max_context: tokens to plan memory for, and the limit of prompt
     and answer together; None is the model's own limit. dtype: of the weights; None is float32 on CPU, else the
-    checkpoint's own.
+    checkpoint's own. before_reading is handed the pair while no weight is read yet, to raise early (see `check`).
 
-    Raises CheckpointError, ConfigError, PairError or MemoryBudgetError, each before any weight is read if it can be
-    known by then.
+    Raises CheckpointError, ConfigError, PairError, MemoryBudgetError or RequestError, each before any weight is read
+    if it can be known by then.
     """
     notes = []
     if model is None:
         model = demo.TARGET
         notes.append("no model given: using the built-in demonstration pair (its text has the form of an answer, "
                      "not the content)")
+    check_draft_bits(draft_bits)
+    if max_context is not None and max_context < 2:
+        raise RequestError(f"max_context is {max_context}; expected at least 2: a prompt and an answer")
     folder = local_folder(model)
     dtype = dtype or default_dtype()
     target, left_out = load_target(folder, dtype)
@@ -107,7 +118,7 @@ def load(
         draft_folder = local_folder(draft_model)
     drafter = None if draft_folder is None else load_drafter(draft_folder, dtype, draft_bits)
     if drafter is not None:
-        check_pair(target.config, drafter.config)
+        check_pair(target.config, drafter.config, f"{folder}", f"{draft_folder}")
 
     text = target.config.text
     context = min(max_context or text.max_context, text.max_context)
@@ -117,10 +128,13 @@ def load(
     memory.check_memory(text, weight_bytes, planned, slack, target.dtype, memory.device_memory())
 
     tokenizer = Tokenizer(folder)
-    materialize(target, str(folder))
-    if drafter is not None:
-        materialize(drafter, str(draft_folder))
-    return Pair(target, drafter, tokenizer, context, tuple(notes))
+    pair = Pair(target, drafter, tokenizer, context, tuple(notes))
+    if before_reading is not None:
+        before_reading(pair)
+    materialize(target, "target", folder)
+    if drafter is not None and draft_folder is not None:
+        materialize(drafter, "drafter", draft_folder)
+    return pair
 
 
 @overload
@@ -150,15 +164,13 @@ def stream_generate(
 
     on_prefill(done, total) is told of the prompt tokens run so far.
     """
-    prompts: Sequence[Prompt] = prompt if _is_batch(prompt) else [prompt]
-    sampling, config = _settings(len(prompts), settings)
-    requests = [
-        Request(_tokens(pair, text), one, pair.tokenizer.stop_tokens, pair.max_context)
-        for text, one in zip(prompts, sampling, strict=True)
-    ]
-    if not requests:
-        raise RequestError("the list of prompts is empty: expected at least one prompt")
+    requests, config = _requests(pair, prompt, settings)
     return _stream(pair, requests, config, on_prefill)
+
+
+def check(pair: Pair, prompt: Prompt | Sequence[Prompt], **settings: Any) -> None:
+    """Raises the RequestError that `generate` would raise for these arguments; runs nothing and reads no weight."""
+    _requests(pair, prompt, settings)
 
 
 def score(pair: Pair, tokens: Sequence[int], *, chunk: int = 512) -> mx.array:
@@ -176,6 +188,20 @@ def score(pair: Pair, tokens: Sequence[int], *, chunk: int = 512) -> mx.array:
         rows.append(pair.target.logits(hidden)[0].astype(mx.float32))
         mx.eval(rows[-1], *cache.arrays)
     return mx.concatenate(rows)
+
+
+def _requests(
+    pair: Pair, prompt: Prompt | Sequence[Prompt], settings: dict[str, Any]
+) -> tuple[list[Request], EngineConfig]:
+    prompts: Sequence[Prompt] = prompt if _is_batch(prompt) else [prompt]  # type: ignore[assignment, list-item]
+    sampling, config = _settings(len(prompts), settings)
+    requests = [
+        Request(_tokens(pair, text), one, pair.tokenizer.stop_tokens, pair.max_context)
+        for text, one in zip(prompts, sampling, strict=True)
+    ]
+    if not requests:
+        raise RequestError("the list of prompts is empty: expected at least one prompt")
+    return requests, config
 
 
 def _stream(
@@ -222,12 +248,10 @@ def _is_batch(prompt: Prompt | Sequence[Prompt]) -> bool:
 
 
 def _tokens(pair: Pair, prompt: Prompt) -> list[int]:
-    if isinstance(prompt, str):
-        if not prompt:
-            raise RequestError("the prompt is empty: expected some text")
-        return pair.tokenizer.encode(prompt)
+    if isinstance(prompt, str) and not prompt:
+        raise RequestError("the prompt is empty: expected some text")
     vocab_size = pair.target.config.text.vocab_size
-    tokens = [int(token) for token in prompt]  # type: ignore[arg-type]
+    tokens = pair.tokenizer.encode(prompt) if isinstance(prompt, str) else [int(token) for token in prompt]
     for token in tokens:
         if not 0 <= token < vocab_size:
             raise RequestError(f"the prompt holds token {token}; expected ids from 0 to {vocab_size - 1}")

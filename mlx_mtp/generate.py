@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import types
 from collections.abc import Sequence
 from dataclasses import asdict, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from mlx_mtp.config import EngineConfig, SamplingParams
 from mlx_mtp.errors import MtpError, RequestError
@@ -19,14 +20,15 @@ from mlx_mtp.errors import MtpError, RequestError
 if TYPE_CHECKING:
     from mlx_mtp.api import Pair, Result
 
-INTERRUPTED = 130
 USER_ERROR = 2
+INTERRUPTED = 128 + 2  # as shells count: 128 + the signal's number, here SIGINT
+BROKEN_PIPE = 128 + 13  # SIGPIPE
 
 
 def parser() -> argparse.ArgumentParser:
     """The flags, named as in mlx-lm; every default comes from the dataclass that owns it."""
     sampling, engine = SamplingParams(), EngineConfig()
-    cli = argparse.ArgumentParser(
+    cli = _Parser(
         prog="python -m mlx_mtp.generate",
         description="Generate text with Gemma 4, drafted by its MTP drafter: the same text, sooner.",
     )
@@ -59,8 +61,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _run(args)
     except MtpError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr)
         return USER_ERROR
+    except BrokenPipeError:  # the reader (`| head`) has enough; nothing may be flushed into the pipe at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return INTERRUPTED
@@ -76,11 +81,19 @@ def _run(args: argparse.Namespace) -> int:
     progress = Progress(args.verbose)
     progress.show(f"loading {args.model or 'the built-in pair'}")
     draft_model = None if args.draft_model == "none" else args.draft_model
-    pair = api.load(args.model, draft_model, draft_bits=args.draft_bits, max_context=args.max_context)
-    progress.clear()
+    prompts: list[list[int]] = []
+
+    def encode(pair: Pair) -> None:
+        prompts.extend(_tokens(pair, text, args) for text in texts)
+        api.check(pair, prompts, sampling=sampling, num_draft_tokens=args.num_draft_tokens)
+
+    try:
+        pair = api.load(args.model, draft_model, draft_bits=args.draft_bits, max_context=args.max_context,
+                        before_reading=encode)
+    finally:
+        progress.clear()
     for note in pair.notes if args.verbose else ():
         print(note, file=sys.stderr)
-    prompts = [_tokens(pair, text, args) for text in texts]
     return _stream(pair, prompts, sampling, args, progress)
 
 
@@ -92,6 +105,7 @@ def _stream(pair: Pair, prompts: list[list[int]], sampling: SamplingParams, args
     results: dict[int, Result] = {}
     printed = 0
     partial = [""] * len(prompts)
+    tokens: list[list[int]] = [[] for _ in prompts]
     live = len(prompts) == 1 and not args.json
     try:
         for segment in api.stream_generate(
@@ -100,18 +114,20 @@ def _stream(pair: Pair, prompts: list[list[int]], sampling: SamplingParams, args
         ):
             progress.clear()
             partial[segment.index] += segment.text
+            tokens[segment.index] += segment.tokens
             if live:
                 print(segment.text, end="", flush=True)
             if segment.result is not None:
                 results[segment.index] = segment.result
             while printed in results and not live:
-                _print_result(results[printed], printed if len(prompts) > 1 else None, args.json)
+                _print_result(results[printed], printed if len(prompts) > 1 and args.verbose else None, args.json)
                 printed += 1
     except KeyboardInterrupt:
         progress.clear()
         for i in range(printed, len(prompts) if not live else 0):
             if args.json:
-                print(json.dumps({"text": partial[i], "finish_reason": "interrupted"}), flush=True)
+                unfinished = {"text": partial[i], "tokens": tokens[i], "finish_reason": "interrupted", "stats": None}
+                print(json.dumps(unfinished), flush=True)
             else:
                 print(partial[i], flush=True)
         raise
@@ -128,7 +144,7 @@ def _print_result(result: Result, index: int | None, as_json: bool) -> None:
         print(json.dumps(shown | {"stats": asdict(result.stats)}), flush=True)
         return
     if index is not None:
-        print(f"--- {index + 1}", flush=True)
+        print(f"--- {index + 1}", file=sys.stderr, flush=True)
     print(result.text, flush=True)
 
 
@@ -159,6 +175,13 @@ def _tokens(pair: Pair, text: str, args: argparse.Namespace) -> list[int]:
         return pair.tokenizer.encode(text if args.system_prompt is None else f"{args.system_prompt}\n{text}")
     system = [] if args.system_prompt is None else [{"role": "system", "content": args.system_prompt}]
     return pair.tokenizer.encode_chat([*system, {"role": "user", "content": text}])
+
+
+class _Parser(argparse.ArgumentParser):
+    """Complains like everything else here: in one line that begins with "error:"."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(USER_ERROR, f"error: {message}; see --help\n")
 
 
 def _flag(text: str) -> bool:

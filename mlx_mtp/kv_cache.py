@@ -101,9 +101,8 @@ class KVCache:
         valid: [rows] int32, how many of them are real in each row (the rest is padding), known before the pass as in
         prefill; a pass without it may be at most `slack` tokens long, since the ring is then written before it is read.
         """
-        if valid is None and num_tokens > max(self._slack, 1):
-            raise ValueError(f"a pass over {num_tokens} tokens needs their valid counts: the ring's slack is "
-                             f"{self._slack}")
+        if valid is None:
+            self._check_block(num_tokens)
         self._grow(self.bound + num_tokens)
         return CacheStage(self, num_tokens, valid)
 
@@ -120,11 +119,14 @@ class KVCache:
         self.bound = bound
 
     def drop_row(self, row: int) -> None:
-        """Ends a row: the last row moves into its place (one copy of one row)."""
+        """Ends a row: the last row moves into its place (one copy of one row, waited for)."""
         last = self._rows - 1
         if row != last:
-            for buffer in self._buffers.values():
-                buffer[:, row : row + 1] = mx.take(buffer, mx.array([last]), axis=1)  # a view would copy it whole
+            # Finished before it is put in place: an update is in place only once nothing else reads the buffer.
+            copies = [mx.take(buffer, mx.array([last]), axis=1) for buffer in self._buffers.values()]
+            mx.eval(copies)
+            for buffer, copy in zip(self._buffers.values(), copies, strict=True):
+                buffer[:, row : row + 1] = copy
         index = mx.arange(self._lengths.size)
         moved = mx.where(index == row, self._lengths[last], self._lengths)
         self._lengths = mx.where(index == last, 0, moved)  # unused rows are written too, so they must stay small
@@ -142,6 +144,11 @@ class KVCache:
         """[2, rows, kv heads, capacity, head_dim]: keys and values, so that one operation writes both."""
         capacity = self._ring if shape.kind == SLIDING else self._full_capacity
         return mx.zeros((2, rows, shape.num_kv_heads, capacity, shape.head_dim), self._dtype)
+
+    def _check_block(self, num_tokens: int) -> None:
+        if num_tokens > self._slack:
+            raise ValueError(f"a block of {num_tokens} tokens does not fit: the ring's slack is {self._slack}; "
+                             "expected at most that many, or their valid counts")
 
     def _grow(self, needed: int) -> None:
         if needed <= self._full_capacity:

@@ -10,6 +10,7 @@ from typing import Any
 from mlx_mtp.errors import CheckpointError, RequestError
 
 Message = Mapping[str, Any]
+_QUIET = {"verbose": False}  # transformers would warn of a long prompt; whoever knows the context raises instead
 
 
 class Tokenizer:
@@ -24,8 +25,9 @@ class Tokenizer:
 
         try:
             self._wrapped = load(folder, eos_token_ids=_stop_tokens(folder))
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{folder}: the tokenizer cannot be read: {error}") from error
+        except Exception as error:  # the tokenizers library raises bare Exceptions for a malformed file
+            raise CheckpointError(f"{folder}: the tokenizer cannot be read ({error}): copy its files from the original "
+                                  "checkpoint") from error
 
     @property
     def stop_tokens(self) -> frozenset[int]:
@@ -37,16 +39,23 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Plain text as it stands, begun with <bos> if it does not say so itself."""
-        bos = self._wrapped.bos_token
-        starts = bos is not None and text.startswith(bos)
-        return list(self._wrapped.encode(text, add_special_tokens=not starts))
+        tokens = list(self._wrapped.encode(text, add_special_tokens=False, **_QUIET))
+        bos = self._wrapped.bos_token_id  # put by us: not every tokenizer.json has a post-processor that adds it
+        return tokens if bos is None or tokens[:1] == [bos] else [bos, *tokens]
 
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
         """A conversation, through the chat template, up to where the model's answer begins."""
         if not self.has_chat_template:
             raise RequestError("this checkpoint has no chat template: pass --ignore-chat-template (in Python: give "
                                "the prompt as plain text)")
-        tokens = self._wrapped.apply_chat_template(messages, add_generation_prompt=True, enable_thinking=False)
+        from jinja2 import TemplateError
+
+        try:
+            tokens = self._wrapped.apply_chat_template(
+                messages, add_generation_prompt=True, enable_thinking=False, tokenizer_kwargs=_QUIET)
+        except TemplateError as error:
+            raise RequestError(f"the chat template refuses this conversation ({error}): change its roles or contents, "
+                               "or pass --ignore-chat-template") from error
         return list(tokens)
 
     def decode(self, tokens: Sequence[int]) -> str:
@@ -92,9 +101,10 @@ class TextStream:
     def _release(self, segment: str) -> str:
         """Adds a segment to what is held and gives out as much as no stop string can touch any more."""
         pending = self._held + segment
-        ends = [position for position in map(pending.find, self._stop) if position >= 0]
-        if ends:
-            released, self._held, self.is_stopped = pending[: min(ends)], "", True
+        # The stop string that is whole first wins, so that the text does not depend on where tokens begin and end.
+        found = [(start + len(stop), start) for stop in self._stop if (start := pending.find(stop)) >= 0]
+        if found:
+            released, self._held, self.is_stopped = pending[: min(found)[1]], "", True
         else:
             held = max((_overlap(pending, stop) for stop in self._stop), default=0)
             released, self._held = pending[: len(pending) - held], pending[len(pending) - held :]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -10,6 +11,10 @@ from mlx_mtp.errors import CheckpointError
 WANTED_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 PRECISION_SUFFIX = re.compile(r"[-_](\d+bit|bf16|fp16|mxfp4|mxfp8|nvfp4)$", re.IGNORECASE)
+
+
+class NotThereError(CheckpointError):
+    """Neither a folder nor anything on the Hub that can be reached has this name."""
 
 
 def local_folder(name: str | Path, revision: str | None = None) -> Path:
@@ -24,7 +29,8 @@ def local_folder(name: str | Path, revision: str | None = None) -> Path:
     if path.exists():
         raise CheckpointError(f"{path} is a file; expected a folder with config.json and *.safetensors")
     if not HUB_NAME.fullmatch(str(name)):
-        raise CheckpointError(f"no folder {path}, and it is not a Hub name either (those look like owner/name)")
+        raise CheckpointError(f"no folder {path}, and it is not a Hub name either (those look like owner/name): "
+                              "check the path")
     return _download(str(name), revision)
 
 
@@ -38,14 +44,17 @@ def _download(name: str, revision: str | None) -> Path:
         raise CheckpointError(f"{name} on the Hub is gated: accept its licence on its page there, then run "
                               "`hf auth login`") from error
     except errors.RepositoryNotFoundError as error:
-        raise CheckpointError(f"no folder {name} here and no such repository on the Hub (or it is private: "
-                              "run `hf auth login`)") from error
+        raise NotThereError(f"no folder {name} here and no such repository on the Hub (or it is private: "
+                            "run `hf auth login`)") from error
     except errors.RevisionNotFoundError as error:
         raise CheckpointError(f"{name} on the Hub has no revision {revision!r}") from error
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
-        raise CheckpointError(f"no folder {name} here, it is not in the Hub's cache, and the Hub cannot be reached; "
-                              "check the network (or HF_HUB_OFFLINE) and try again") from error
-    except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
+        raise NotThereError(f"no folder {name} here, it is not in the Hub's cache, and the Hub cannot be reached; "
+                            "check the network (or HF_HUB_OFFLINE) and try again") from error
+    except Exception as error:  # the client's own errors, its HTTP library's and the disk's have no base in common
+        if isinstance(error, errors.HfHubHTTPError) and error.response.status_code in (401, 403):
+            raise CheckpointError(f"the Hub refuses access to {name} ({error.response.status_code}): run "
+                                  "`hf auth login` with an account that may read it") from error
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(f"downloading {name} from the Hub failed: {reason}; run the command again, "
                               "finished files are kept") from error
@@ -54,23 +63,28 @@ def _download(name: str, revision: str | None) -> Path:
 def find_drafter(name: str | Path) -> Path | None:
     """The drafter that belongs to a target: `<name>-assistant`, beside the target's folder or on the Hub.
 
-    A precision in the target's name ("-4bit", "-bf16") may be missing in the drafter's. None if there is no such.
+    A precision in the target's name ("-4bit", "-bf16") may be missing in the drafter's, or be at its end instead.
+    None if there is no such. Raises CheckpointError if there is one that cannot be had (gated, broken off).
     """
     path = Path(name).expanduser()
     if path.is_dir():
-        folder = path.resolve()
-        for stem in _stems(folder.name):
-            candidate = folder.parent / f"{stem}-assistant"
-            if candidate.is_dir():
-                return candidate
-        return None
-    for stem in _stems(str(name)):
+        folder = Path(os.path.abspath(path))  # not resolved: a link counts under its own name
+        candidates = (folder.with_name(drafter) for drafter in drafter_names(folder.name))
+        return next((candidate for candidate in candidates if candidate.is_dir()), None)
+    for drafter in drafter_names(str(name)):
         try:
-            return local_folder(f"{stem}-assistant")
-        except CheckpointError:
+            return local_folder(drafter)
+        except NotThereError:
             continue
     return None
 
 
-def _stems(name: str) -> list[str]:
-    return list(dict.fromkeys([name, PRECISION_SUFFIX.sub("", name)]))
+def drafter_names(name: str) -> list[str]:
+    """What the drafter of the target `name` may be called, the likeliest first.
+
+    "X-4bit" -> X-4bit-assistant, X-assistant, X-assistant-4bit, X-assistant-bf16.
+    """
+    stem = PRECISION_SUFFIX.sub("", name)
+    return list(dict.fromkeys([
+        f"{name}-assistant", f"{stem}-assistant", f"{stem}-assistant{name[len(stem):]}", f"{stem}-assistant-bf16",
+    ]))

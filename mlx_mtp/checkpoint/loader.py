@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,14 @@ from mlx.utils import tree_flatten
 
 from mlx_mtp.checkpoint.weights import Part, strip_prefix, uses, written_name
 from mlx_mtp.config import DrafterConfig, QuantizationConfig, TargetConfig, TextConfig
-from mlx_mtp.errors import CheckpointError, ConfigError, PairError
+from mlx_mtp.errors import CheckpointError, ConfigError, PairError, RequestError
 from mlx_mtp.models.drafter import Drafter
 from mlx_mtp.models.target import Target
+
+DRAFT_BITS = (2, 3, 4, 5, 6, 8)
+MAY_BE_0 = ("kv_source", "rotated_dims")
+LARGEST = 2**28  # no number in a config comes near it; far larger sizes overflow MLX's shapes
+TOKEN_ORDERING = "masked_embedding.token_ordering"
 
 
 @dataclass(frozen=True)
@@ -48,11 +53,11 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise CheckpointError(f"{path.parent} has no {path.name}: expected a checkpoint folder") from error
+        raise CheckpointError(f"{path.parent} has no {path.name}: expected a checkpoint's folder") from error
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
+        raise CheckpointError(f"{path} cannot be read as JSON ({error}): download it again") from error
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds a {type(content).__name__}; expected a JSON object")
+        raise CheckpointError(f"{path} holds a {type(content).__name__}; expected a JSON object: download it again")
     return content
 
 
@@ -64,16 +69,21 @@ def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a checkpoint: those its index names, or all there are."""
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        names = sorted(set(read_json(index).get("weight_map", {}).values()))
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise CheckpointError(f"{index} has no 'weight_map' of tensor names to file names: download it again")
+        names = sorted(set(weight_map.values()))
         for name in names:
             if Path(name).name != name:
-                raise CheckpointError(f"{index} names the file {name!r}; expected a plain file name")
+                raise CheckpointError(f"{index} names the file {name!r}; expected the name of a file beside it")
             if not (folder / name).is_file():
-                raise CheckpointError(f"{index} names {name}, which is not there: the download is incomplete")
+                raise CheckpointError(f"{index} names {name}, which is not there: the download is incomplete, "
+                                      "run it again")
     else:
         names = sorted(path.name for path in folder.glob("*.safetensors"))
     if not names:
-        raise CheckpointError(f"{folder} has no *.safetensors files (pickled weights are not read)")
+        raise CheckpointError(f"{folder} has no *.safetensors files (pickled weights are not read): "
+                              "download them, or convert the checkpoint")
     return [folder / name for name in names]
 
 
@@ -92,13 +102,17 @@ def open_weights(folder: Path, part: Part, config: TextConfig) -> Weights:
                                   f"({str(error).removeprefix('[load_safetensors] ')})") from error
         assert isinstance(tensors, dict)
         for name, array in tensors.items():
+            if name.endswith(".global_scale"):
+                raise CheckpointError(f"{file}: tensor {name} is there, but nvfp4 with global scales is not supported: "
+                                      "convert without them")
             targets = uses(name, part, shared)
             if isinstance(targets, str):
                 weights.left_out[targets] += 1
                 continue
             for use in targets:
                 if use.path in weights.arrays:
-                    raise CheckpointError(f"{file}: tensor {name} is there twice (also in {weights.files[use.path]})")
+                    raise CheckpointError(f"{file}: tensor {name} is there twice (also in {weights.files[use.path]}): "
+                                          "delete the file that does not belong here")
                 if use.half is not None and (array.ndim < 2 or array.shape[-2] % 2):
                     raise CheckpointError(f"{file}: tensor {name} has shape {array.shape}; expected an even number "
                                           "of rows, gate above up")
@@ -134,9 +148,6 @@ def load_drafter(folder: Path, dtype: mx.Dtype | None = None, bits: int | None =
 
 def quantize_drafter(model: Drafter, bits: int) -> None:
     """Quantizes a drafter's layers and embedding (affine, the largest group that fits); centroids stay as they are."""
-    if bits not in (2, 3, 4, 5, 6, 8):
-        raise ConfigError(f"draft_bits is {bits}; expected 2, 3, 4, 5, 6 or 8")
-
     def settings(path: str, module: nn.Module) -> bool | dict[str, int]:
         if not isinstance(module, nn.Linear | nn.Embedding) or path.startswith("masked_embedding"):
             return False
@@ -147,20 +158,21 @@ def quantize_drafter(model: Drafter, bits: int) -> None:
     nn.quantize(model, class_predicate=settings)
 
 
-def check_pair(target: TargetConfig, drafter: DrafterConfig) -> None:
+def check_pair(target: TargetConfig, drafter: DrafterConfig, target_name: str, drafter_name: str) -> None:
     """Raises PairError, saying what differs, unless the drafter was made for such a target."""
+    complaint = f"the drafter {drafter_name} does not fit the target {target_name}"
+    advice = "use the -assistant checkpoint of the same model, or none (--draft-model none)"
+
     def expect(what: str, got: object, expected: object) -> None:
         if got != expected:
-            raise PairError(f"the drafter does not fit the target: its {what} is {got}, the target's {expected}; "
-                            "use the -assistant checkpoint of the same model")
+            raise PairError(f"{complaint}: its {what} is {got}, the target's {expected}; {advice}")
 
     expect("backbone_hidden_size", drafter.backbone_hidden_size, target.text.hidden_size)
     expect("vocabulary", drafter.text.vocab_size, target.text.vocab_size)
     donors = {kind: target.text.layers[i] for kind, i in target.text.donors.items()}
     for i, layer in enumerate(drafter.text.layers):
         if layer.kind not in donors:
-            raise PairError(f"the drafter does not fit the target: its layer {i} reads {layer.kind} keys, "
-                            "of which the target has none")
+            raise PairError(f"{complaint}: its layer {i} reads {layer.kind} keys, and the target has none; {advice}")
         donor = donors[layer.kind]
         expect(f"{layer.kind} head size", layer.head_dim, donor.head_dim)
         expect(f"{layer.kind} kv heads", layer.num_kv_heads, donor.num_kv_heads)
@@ -168,8 +180,14 @@ def check_pair(target: TargetConfig, drafter: DrafterConfig) -> None:
     expect("rotary embedding", drafter.text.rotary, {kind: target.text.rotary[kind] for kind in drafter.text.rotary})
 
 
-def materialize(model: nn.Module, name: str) -> None:
-    """Reads all weights of a model now. Raises CheckpointError naming a tensor that holds NaN or infinity."""
+def check_draft_bits(bits: int | None) -> None:
+    """Raises RequestError unless a drafter can be quantized to `bits`; None leaves it as it is."""
+    if bits is not None and bits not in DRAFT_BITS:
+        raise RequestError(f"draft_bits is {bits}; expected one of {', '.join(map(str, DRAFT_BITS))}")
+
+
+def materialize(model: nn.Module, part: Part, folder: Path) -> None:
+    """Reads all weights of a model now. Raises CheckpointError naming a tensor whose values cannot be right."""
     parameters = dict(tree_flatten(model.parameters()))
     mx.eval(parameters)
     floating = {path: array for path, array in parameters.items() if mx.issubdtype(array.dtype, mx.floating)}
@@ -177,14 +195,40 @@ def materialize(model: nn.Module, name: str) -> None:
     sums = np.array(mx.stack([array.sum().astype(mx.float32) for array in floating.values()]))
     for path, is_fine in zip(floating, np.isfinite(sums), strict=True):
         if not is_fine and not mx.isfinite(floating[path]).all().item():
-            raise CheckpointError(f"{name}: weight {path} holds NaN or infinity; the checkpoint is damaged")
+            raise CheckpointError(f"{folder}: tensor {written_name(path, part)} holds NaN or infinity: the checkpoint "
+                                  "is damaged, download or convert it again")
+    ordering = parameters.get(TOKEN_ORDERING)
+    if ordering is not None and (np.sort(np.array(ordering)) != np.arange(ordering.size)).any():
+        raise CheckpointError(f"{folder}: tensor {TOKEN_ORDERING} does not hold every token id once: the checkpoint "
+                              "is damaged, download or convert it again")
 
 
 def _parse(folder: Path, parser: Any, raw: Mapping[str, Any]) -> Any:
     try:
-        return parser(raw)
+        config = parser(raw)
+        _check_numbers(config)
+        return config
     except ConfigError as error:
         raise ConfigError(f"{folder / 'config.json'}: {error}") from error
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        # A value of a wrong JSON type fails wherever it is first used; which key it was is in the error's text at best.
+        raise ConfigError(f"{folder / 'config.json'}: a value is of the wrong kind ({error}); compare it with the "
+                          "original checkpoint's") from error
+
+
+def _check_numbers(config: Any) -> None:
+    """Raises ConfigError for a number that is none, or no possible one: JSON may hold anything there."""
+    for field in fields(config):
+        value, kind = getattr(config, field.name), str(field.type)
+        is_positive = type(value) in (int, float) and 0 < value < LARGEST
+        if kind == "int" and not (type(value) is int and (is_positive or (value == 0 and field.name in MAY_BE_0))):
+            raise ConfigError(f"{field.name} is {value!r}; expected a positive whole number")
+        if kind in ("float", "float | None") and not (is_positive or (value is None and "None" in kind)):
+            raise ConfigError(f"{field.name} is {value!r}; expected a number above 0")
+        parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, tuple) else [value]
+        for part in parts:
+            if is_dataclass(part):
+                _check_numbers(part)
 
 
 def _fill(
@@ -195,19 +239,37 @@ def _fill(
     expected = dict(tree_flatten(model.parameters()))
     for path in expected:
         if path not in weights.arrays:
-            raise CheckpointError(f"{folder}: tensor {written_name(path, part)} is missing")
+            raise CheckpointError(f"{folder}: tensor {written_name(path, part)} is missing: the download is "
+                                  "incomplete, or config.json belongs to another checkpoint")
     for path, array in weights.arrays.items():
         where = f"{weights.files[path]}: tensor {written_name(path, part)}"
         if path not in expected:
-            raise CheckpointError(f"{where} is not part of this model (config.json says so); refusing to ignore it")
+            raise CheckpointError(f"{where} is not part of the model that config.json describes: check that both "
+                                  "belong together")
         if array.shape != expected[path].shape:
-            raise CheckpointError(f"{where} has shape {array.shape}; expected {expected[path].shape}")
-    model.load_weights([(path, _cast(array, dtype)) for path, array in weights.arrays.items()], strict=True)
+            raise CheckpointError(f"{where} has shape {array.shape}; expected {expected[path].shape}, by config.json: "
+                                  "check that both belong together")
+        if not _is_usable(array.dtype, expected[path].dtype):
+            raise CheckpointError(f"{where} holds {_name(array.dtype)}; expected {_name(expected[path].dtype)}: "
+                                  "convert the checkpoint to bfloat16, or to mlx's own quantization")
+    casted = [(path, _cast(array, expected[path].dtype, dtype)) for path, array in weights.arrays.items()]
+    model.load_weights(casted, strict=True)
     model.eval()
 
 
-def _cast(array: mx.array, dtype: mx.Dtype | None) -> mx.array:
-    if array.dtype == mx.int64:
+def _is_usable(stored: mx.Dtype, expected: mx.Dtype) -> bool:
+    """Any floating type for weights, any integer for token ids (int32); packed numbers only as they are."""
+    if mx.issubdtype(expected, mx.floating):
+        return mx.issubdtype(stored, mx.floating)
+    return mx.issubdtype(stored, mx.integer) if expected == mx.int32 else stored == expected
+
+
+def _name(dtype: mx.Dtype) -> str:
+    return str(dtype).removeprefix("mlx.core.")
+
+
+def _cast(array: mx.array, expected: mx.Dtype, dtype: mx.Dtype | None) -> mx.array:
+    if expected == mx.int32:
         return array.astype(mx.int32)  # token ids
     return array.astype(dtype) if dtype is not None and mx.issubdtype(array.dtype, mx.floating) else array
 
@@ -217,12 +279,16 @@ def _quantize_as_stored(
 ) -> None:
     """Makes those modules quantized whose `scales` are on disk, by config.json's `quantization` in mlx-lm's form."""
     quantization = raw.get("quantization")
+    method = (raw.get("quantization_config") or {}).get("quant_method") if quantization is None else None
+    if method is not None:
+        raise ConfigError(f"{folder / 'config.json'}: quant_method {method!r} is not supported; use a checkpoint in "
+                          "mlx's own quantization, or convert the bfloat16 one")
     stored = {path.removesuffix(".scales") for path in weights.arrays if path.endswith(".scales")}
     if not stored:
         return
     if not isinstance(quantization, Mapping):
         raise CheckpointError(f"{folder}: tensor {written_name(min(stored), part)}.scales is there, but config.json "
-                              "has no 'quantization'")
+                              "has no 'quantization': use the config.json that was written with these weights")
     overrides = {strip_prefix(path, part): value for path, value in quantization.items() if isinstance(value, Mapping)}
 
     def settings(path: str, module: nn.Module) -> bool | dict[str, Any]:
@@ -230,7 +296,7 @@ def _quantize_as_stored(
             return False
         chosen = _quantization(overrides.get(path, quantization), f"{folder / 'config.json'}: quantization of {path}")
         width = module.weight.shape[-1]
-        if width % chosen.group_size:
+        if chosen.group_size < 1 or width % chosen.group_size:
             raise ConfigError(f"{folder / 'config.json'}: group_size {chosen.group_size} does not divide the "
                               f"{width} columns of {path}")
         return {"group_size": chosen.group_size, "bits": chosen.bits, "mode": chosen.mode}
@@ -238,7 +304,7 @@ def _quantize_as_stored(
     try:
         nn.quantize(model, class_predicate=settings)
     except ValueError as error:
-        raise ConfigError(f"{folder / 'config.json'}: quantization: {error}") from error
+        raise ConfigError(f"{folder / 'config.json'}: quantization is not one of mlx's: {error}") from error
 
 
 def _quantization(raw: Mapping[str, Any], where: str) -> QuantizationConfig:

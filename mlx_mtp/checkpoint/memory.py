@@ -11,6 +11,7 @@ from mlx_mtp.errors import MemoryBudgetError
 from mlx_mtp.kv_cache import layer_shapes
 
 GB = 1e9
+MIN_CONTEXT = 256  # the least that is worth advising, and the step of advice
 WORKING_SPACE = 0.05  # of the device's memory: activations, logits, masks
 
 
@@ -42,8 +43,11 @@ def check_memory(config: TextConfig, weight_bytes: int, context: int, slack: int
                f"tokens {cache / GB:.1f}), but the device has {usable / GB:.1f} GB for them: ")
     per_token = (cache_bytes(config, 2, slack, dtype) - cache_bytes(config, 1, slack, dtype)) or 1
     room = usable - weight_bytes - cache_bytes(config, 0, slack, dtype)
-    if room >= 256 * per_token:
-        raise MemoryBudgetError(message + f"a context of {int(room / per_token) // 256 * 256} tokens would fit "
-                                          "(--max-context)")
-    share = usable / weight_bytes
-    raise MemoryBudgetError(message + f"use a checkpoint quantized to about {share:.0%} of this one's size or less")
+    if room >= MIN_CONTEXT * per_token:
+        fitting = int(room / per_token) // MIN_CONTEXT * MIN_CONTEXT
+        raise MemoryBudgetError(message + f"a context of {fitting} tokens would fit (--max-context)")
+    share = int(100 * (usable - cache_bytes(config, min(context, MIN_CONTEXT), slack, dtype)) / weight_bytes)
+    if share < 1:
+        raise MemoryBudgetError(message + "use a smaller model")
+    raise MemoryBudgetError(message + f"use a checkpoint with at most {share}% of this one's bytes (a quantized one), "
+                                      f"and a context of {MIN_CONTEXT} tokens to begin with (--max-context)")
