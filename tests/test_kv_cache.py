@@ -34,7 +34,7 @@ class History:
         self.rows: list[list[tuple[int, int, int]]] = [[] for _ in names]
         self.version = 0
 
-    def stage(self, cache: KVCache, num_tokens: int, valid: list[int] | None):  # noqa: ANN201
+    def stage(self, cache: KVCache, num_tokens: int, valid: list[int] | None):
         """Runs a pass over num_tokens and returns its stage, masks and what `put` gave out, by layer."""
         self.version += 1
         stage = cache.stage(num_tokens, None if valid is None else mx.array(valid))
@@ -62,7 +62,7 @@ class History:
         cache.commit(mx.array(counts), most)
 
 
-def check_pass(history: History, outputs, valid: list[int], context: str) -> None:  # noqa: ANN001
+def check_pass(history: History, outputs, valid: list[int], context: str) -> None:
     for kind, (keys, values, mask) in outputs.items():
         for row, count in enumerate(valid):
             for query in range(count):
@@ -109,14 +109,18 @@ def walk(seed: int, slack: int, max_draft: int, rounds: int = 25) -> None:
             cache.tighten(max(map(len, history.rows)))
 
 
+def walk_many(seeds: int, slack: int, max_draft: int) -> None:
+    for seed in range(seeds):
+        walk(seed, slack, max_draft)
+
+
 @pytest.mark.parametrize("seed", range(12))
 def test_every_pass_and_every_draft_sees_exactly_the_committed_keys_in_reach(seed: int) -> None:
     walk(seed, slack=8, max_draft=7)
 
 
 def test_slack_of_one_more_than_the_longest_draft_is_enough() -> None:
-    for seed in range(6):
-        walk(seed, slack=4, max_draft=3)
+    walk_many(6, slack=4, max_draft=3)
 
 
 @pytest.mark.parametrize("slack", [0, 3])
@@ -126,8 +130,7 @@ def test_with_less_slack_rejected_drafts_destroy_keys_that_are_still_in_reach(
     """Why the slack is there. The guard against it is taken away; 3 is one too few for 3 drafts and the drafter."""
     monkeypatch.setattr(KVCache, "_check_block", lambda self, num_tokens: None)
     with pytest.raises(AssertionError, match="round"):
-        for seed in range(6):
-            walk(seed, slack=slack, max_draft=3)
+        walk_many(6, slack, max_draft=3)
 
 
 def test_a_block_longer_than_the_slack_is_refused() -> None:

@@ -9,7 +9,6 @@ import mlx.nn as nn
 
 from mlx_mtp.config import RotaryConfig
 
-
 # Element-wise chains become one kernel. On a GPU MLX compiles them itself; on CPU it does where there is a C++ compiler
 # and runs them one by one where there is none.
 fused = partial(mx.compile, shapeless=True)

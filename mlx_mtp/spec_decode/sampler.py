@@ -15,6 +15,8 @@ import mlx.core as mx
 
 from mlx_mtp.config import SamplingParams
 
+ALL_TOKENS = 2**31 - 1
+
 
 @dataclass(frozen=True)
 class Sampler:
@@ -42,7 +44,7 @@ class Sampler:
         sampled = [row for row in rows if row.temperature > 0]
         return cls(
             temperature=column([row.temperature for row in rows]),
-            top_k=column([row.top_k or 2**31 - 1 for row in rows], mx.int32),
+            top_k=column([min(row.top_k or ALL_TOKENS, ALL_TOKENS) for row in rows], mx.int32),
             top_p=column([row.top_p for row in rows]),
             min_p=column([row.min_p for row in rows]),
             seed=mx.array([row.seed for row in rows], mx.uint32),
@@ -63,18 +65,23 @@ class Sampler:
 
     def choose(self, logits: mx.array, noise: mx.array | None) -> mx.array:
         """logits [B, L, C] and noise for the same tokens, or None -> index of the chosen one, [B, L] int32."""
+        return mx.argmax(self.scores(logits, noise), axis=-1).astype(mx.int32)
+
+    def scores(self, logits: mx.array, noise: mx.array | None) -> mx.array:
+        """What the choice is the argmax of: [B, L, C] float32."""
         scores = logits.astype(mx.float32)
-        if noise is not None:
-            sampled = self.temperature > 0
-            scaled = scores / mx.where(sampled, self.temperature, 1.0)
-            scores = mx.where(sampled, self._filter(scaled) + noise, scores)
-        return mx.argmax(scores, axis=-1).astype(mx.int32)
+        if noise is None:
+            return scores
+        sampled = self.temperature > 0
+        # Below their maximum first: at a tiny temperature the quotient must not overflow.
+        scaled = (scores - scores.max(axis=-1, keepdims=True)) / mx.where(sampled, self.temperature, 1.0)
+        return mx.where(sampled, self._filter(scaled) + noise, scores)
 
     def _filter(self, scaled: mx.array) -> mx.array:
-        """Tempered logits [B, L, C] with everything that top-k, top-p or min-p drops at minus infinity."""
+        """Tempered logits [B, L, C], the best at 0, with everything that top-k, top-p or min-p drops at minus infinity."""
         lowest = mx.array(-float("inf"))
         if self.needs_min_p:
-            lowest = scaled.max(axis=-1, keepdims=True) + mx.log(self.min_p)
+            lowest = mx.log(self.min_p)  # the best token stands at 0
         if self.needs_sort:
             lowest = mx.maximum(lowest, self._nucleus_edge(scaled))
         return mx.where(scaled >= lowest, scaled, -float("inf"))
@@ -89,5 +96,6 @@ class Sampler:
         best = mx.where(rank < self.top_k, best, -float("inf"))
         probabilities = mx.softmax(best, axis=-1)
         before = mx.cumsum(probabilities, axis=-1) - probabilities
-        kept = (before < self.top_p) & (best > -float("inf"))
+        # A running sum can reach 1 before the last token, so a row without top-p is not put to that test.
+        kept = ((before < self.top_p) | (self.top_p >= 1)) & (best > -float("inf"))
         return mx.where(kept, best, float("inf")).min(axis=-1, keepdims=True)

@@ -11,9 +11,8 @@ from typing import Any
 
 import numpy
 import torch
-from transformers import PreTrainedModel
-
 from golden_checkpoints import SEED, VOCABULARY, WINDOW, Kind, assistant_class, target_class
+from transformers import PreTrainedModel
 
 PROMPT_LENGTHS = (1, 5, WINDOW - 1, WINDOW, WINDOW + 1, 3 * WINDOW, 6 * WINDOW)
 DRAFT_POSITIONS = (1, 5, WINDOW - 1, WINDOW, WINDOW + 1, 2 * WINDOW + 3, 5 * WINDOW)

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
 from golden_checkpoints import WINDOW, Kind
 from golden_reference import (
     DRAFT_STEPS,

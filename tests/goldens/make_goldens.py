@@ -15,11 +15,10 @@ from pathlib import Path
 
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
-
 from golden_checkpoints import KINDS, Kind, config_class, write_checkpoint
 from golden_reference import SAFE_GAP, all_goldens, load_reference
 from golden_sensitivity import check_sensitivity
+from safetensors.torch import load_file, save_file
 
 HERE = Path(__file__).resolve().parent
 TRANSFORMERS_VERSION = "5.22.2"

@@ -1,0 +1,168 @@
+"""The engine: one read a round, stops that cut exactly, rows that leave, statistics that add up, no hidden costs."""
+
+import time
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from support import ReplayDrafter, decode, golden_pair, new_cache, random_prompts
+
+from mlx_mtp.config import EngineConfig, SamplingParams
+from mlx_mtp.engine import engine as engine_module
+from mlx_mtp.engine.engine import Engine
+from mlx_mtp.engine.request import Request
+from mlx_mtp.errors import RequestError
+from mlx_mtp.spec_decode.loop import DecodeState, decode_round, first_token, prefill_chunk
+from mlx_mtp.spec_decode.sampler import Sampler
+
+
+def replayed(kind: str, max_tokens: int) -> tuple[list[int], ReplayDrafter, list[int]]:
+    """A prompt, a drafter that is always right about its plain continuation, and that continuation."""
+    target, _ = golden_pair(kind)
+    prompt = random_prompts(9, 1, 30, 256)[0]
+    text = decode(target, None, [prompt], [SamplingParams(max_tokens + 16)])[0].tokens
+    known = np.array([[*prompt, *text]])
+    return prompt, ReplayDrafter(known, np.ones_like(known, bool), 256), text
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize("num_draft_tokens", [0, 3])
+def test_the_host_reads_once_a_round(rows: int, num_draft_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every other way to wait for the device raises while rounds run; the first read is prefill's token."""
+    target, drafter = golden_pair("edge")
+    prompts = [prompt[:5] + [3] * (5 - len(prompt)) for prompt in random_prompts(0, rows, 5, 256)]
+    requests = [Request(prompt, SamplingParams(40), frozenset(), 4096) for prompt in prompts]
+    events = Engine(target, drafter, EngineConfig(num_draft_tokens=num_draft_tokens)).run(requests)
+    next(events)
+
+    reads = 0
+    real_read = engine_module.read
+
+    def counted_read(output: object) -> np.ndarray:
+        nonlocal reads
+        reads += 1
+        return real_read(output)  # type: ignore[arg-type]
+
+    def forbidden(*_: object, **__: object) -> None:
+        raise AssertionError("the host waited for the device outside of `read`")
+
+    monkeypatch.setattr(engine_module, "read", counted_read)
+    monkeypatch.setattr(mx, "eval", forbidden)
+    monkeypatch.setattr(mx, "synchronize", forbidden)
+    for method in ("item", "tolist", "__bool__", "__int__", "__float__"):
+        monkeypatch.setattr(mx.array, method, forbidden)
+    while not all(len(request.tokens) > 20 for request in requests):
+        next(events)
+    rounds = max(request.rounds for request in requests)
+    assert reads in (rounds, rounds + 1)  # the events of the last read may not all be taken yet
+
+
+def test_the_next_round_is_handed_over_before_the_last_ones_tokens_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    target, drafter = golden_pair("edge")
+    order: list[str] = []
+    real_round, real_read = engine_module.decode_round, engine_module.read
+    monkeypatch.setattr(engine_module, "decode_round", lambda *a: order.append("launch") or real_round(*a))
+    monkeypatch.setattr(engine_module, "read", lambda output: order.append("read") or real_read(output))
+    decode(target, drafter, [[2, 5, 9]], [SamplingParams(6)], num_draft_tokens=0)
+    assert order == ["launch", "read"] * 5 + ["read"], "nothing is launched that max_tokens must throw away"
+
+
+@pytest.mark.parametrize("num_draft_tokens", [0, 2, 5, 7])
+def test_a_stop_token_inside_an_accepted_block_cuts_exactly_there(num_draft_tokens: int) -> None:
+    target, _ = golden_pair("dense")
+    prompt, replay, text = replayed("dense", 30)
+    for stop in dict.fromkeys(text[2:20]):
+        request = decode(target, replay, [prompt], [SamplingParams(30)], num_draft_tokens, frozenset([stop]))[0]
+        assert request.tokens == text[: text.index(stop)]
+        assert request.finish_reason == "stop"
+
+
+@pytest.mark.parametrize("num_draft_tokens", [0, 3, 7])
+def test_max_tokens_is_kept_to_the_token(num_draft_tokens: int) -> None:
+    target, _ = golden_pair("dense")
+    prompt, replay, text = replayed("dense", 20)
+    for max_tokens in (1, 2, 5, 9, 16):
+        request = decode(target, replay, [prompt], [SamplingParams(max_tokens)], num_draft_tokens)[0]
+        assert request.tokens == text[:max_tokens]
+        assert request.finish_reason == "length"
+
+
+def test_the_context_ends_the_answer_and_too_long_a_prompt_is_refused() -> None:
+    target, drafter = golden_pair("edge")
+    request = Request([2, 7, 9], SamplingParams(50), frozenset(), max_context=13)
+    for _ in Engine(target, drafter, EngineConfig(num_draft_tokens=3)).run([request]):
+        pass
+    assert len(request.tokens) == 10
+    assert request.finish_reason == "length"
+    for prompt in ([], [2] * 13):
+        with pytest.raises(RequestError):
+            Request(prompt, SamplingParams(), frozenset(), max_context=13)
+
+
+def test_rows_that_end_leave_the_others_alone_and_a_caller_can_end_one() -> None:
+    target, drafter = golden_pair("mixture")
+    prompts = random_prompts(8, 5, 40, 256)
+    lengths = [3, 30, 11, 50, 22]
+    alone = [decode(target, None, [prompt], [SamplingParams(n)])[0].tokens
+             for prompt, n in zip(prompts, lengths, strict=True)]
+    requests = [Request(prompt, SamplingParams(n), frozenset(), 4096)
+                for prompt, n in zip(prompts, lengths, strict=True)]
+    for event in Engine(target, drafter, EngineConfig(num_draft_tokens=2)).run(requests):
+        if event.request is requests[3] and len(requests[3].tokens) >= 7:
+            requests[3].finish_reason = "aborted"
+    for i in (0, 1, 2, 4):
+        assert requests[i].tokens == alone[i]
+    assert 7 <= len(requests[3].tokens) <= 9
+    assert requests[3].tokens == alone[3][: len(requests[3].tokens)]
+
+
+def test_statistics_add_up() -> None:
+    target, _ = golden_pair("dense")
+    prompt, replay, _ = replayed("dense", 25)
+    stats = decode(target, replay, [prompt], [SamplingParams(25)], num_draft_tokens=3)[0].stats(peak_memory=1.5)
+    assert (stats.prompt_tokens, stats.generation_tokens, stats.rounds) == (len(prompt), 25, 6)
+    assert (stats.drafted, stats.accepted, stats.accepted_at) == (18, 18, (6, 6, 6))
+    assert stats.mean_acceptance_length == 4.0
+    assert stats.generation_tokens == 1 + stats.rounds + stats.accepted
+    assert stats.peak_memory == 1.5
+    assert stats.ttft > 0
+    assert stats.generation_tps > 0
+    plain = decode(target, None, [prompt], [SamplingParams(5)])[0].stats(peak_memory=0.0)
+    assert (plain.rounds, plain.drafted, plain.accepted_at, plain.mean_acceptance_length) == (4, 0, (), 1.0)
+
+
+def rounds_at(capacity: int) -> tuple[DecodeState, object, object]:
+    target, drafter = golden_pair("edge")
+    cache = new_cache(target, rows=2, reserve=capacity)
+    state = DecodeState(mx.zeros((2,), mx.int32), mx.zeros((2, 64)), cache, Sampler.of([SamplingParams()] * 2))
+    state = prefill_chunk(target, state, mx.full((2, 100), 7), mx.array([100, 60]))
+    mx.eval(state.hidden, cache.arrays)
+    return first_token(target, state), target, drafter
+
+
+def timed_rounds(capacity: int, count: int) -> tuple[float, int]:
+    """Best seconds of a round in the pipeline, and the peak memory above what was there before."""
+    state, target, drafter = rounds_at(capacity)
+    mx.eval(state.last_token)
+    before, best = mx.get_active_memory(), float("inf")
+    mx.reset_peak_memory()
+    flying = None
+    for _ in range(count):
+        start = time.perf_counter()
+        state, output = decode_round(target, drafter, state, 3)  # type: ignore[arg-type]
+        mx.async_eval(output.packed, state.last_token, state.hidden, state.cache.lengths)
+        if flying is not None:
+            engine_module.read(flying)
+        flying = output
+        best = min(best, time.perf_counter() - start)
+    assert flying is not None
+    engine_module.read(flying)
+    return best, mx.get_peak_memory() - before
+
+
+def test_a_rounds_time_and_memory_do_not_grow_with_the_capacity() -> None:
+    """32k against 2k tokens of room, same length: at most 1.1 times, interleaved, best of several runs."""
+    timed_rounds(2048, 5)
+    small, large = zip(*((timed_rounds(2048, 12), timed_rounds(32_768, 12)) for _ in range(4)), strict=True)
+    assert max(memory for _, memory in large) <= 1.1 * max(memory for _, memory in small)
+    assert min(seconds for seconds, _ in large) <= 1.1 * min(seconds for seconds, _ in small)

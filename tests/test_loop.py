@@ -1,0 +1,96 @@
+"""The loop's invariants: what a round accepts, commits and leaves behind."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from support import KINDS, ReplayDrafter, decode, golden, golden_pair, new_cache, random_prompts
+
+from mlx_mtp.config import SamplingParams
+from mlx_mtp.spec_decode.loop import DecodeState, decode_round, draft, first_token, padded_chunks, prefill_chunk
+from mlx_mtp.spec_decode.sampler import Sampler
+
+
+def prefilled(kind: str, prompts: list[list[int]], sampling: list[SamplingParams] | None = None) -> DecodeState:
+    target, _ = golden_pair(kind)
+    width = target.config.text.hidden_size
+    sampler = Sampler.of(sampling or [SamplingParams()] * len(prompts))
+    rows = len(prompts)
+    state = DecodeState(mx.zeros((rows,), mx.int32), mx.zeros((rows, width)), new_cache(target, rows), sampler)
+    for _, tokens, valid in padded_chunks(prompts, 11):
+        state = prefill_chunk(target, state, tokens, valid)
+    return first_token(target, state)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_greedy_text_equals_transformers(kind: str) -> None:
+    target, drafter = golden_pair(kind)
+    for length in (7, 20):
+        prompt = golden(kind)[f"greedy.{length}.prompt"].tolist()
+        for num_draft_tokens in (0, 3):
+            request = decode(target, drafter, [prompt], [SamplingParams(24)], num_draft_tokens)[0]
+            assert request.tokens == golden(kind)[f"greedy.{length}.tokens"].tolist()
+
+
+@pytest.mark.parametrize("num_draft_tokens", [0, 1, 4, 7])
+def test_the_newest_token_is_never_in_the_cache(num_draft_tokens: int) -> None:
+    """Each round commits accepted + 1 positions; the hidden state is the one before the newest token."""
+    target, drafter = golden_pair("edge")
+    prompts = random_prompts(1, 3, 30, 256)
+    state = prefilled("edge", prompts)
+    texts = [[*prompt, int(token)] for prompt, token in zip(prompts, state.last_token.tolist(), strict=True)]
+    for _ in range(12):
+        state, output = decode_round(target, drafter, state, num_draft_tokens)
+        for row, (*tokens, accepted) in enumerate(output.packed.tolist()):
+            texts[row] += tokens[: accepted + 1]
+        assert state.cache.lengths.tolist() == [len(text) - 1 for text in texts]
+        assert state.last_token.tolist() == [text[-1] for text in texts]
+    for row, text in enumerate(texts):
+        context = mx.array([text[:-1]])
+        hidden = target(context, new_cache(target).stage(context.size, mx.array([context.size])))
+        assert mx.abs(hidden[0, -1] - state.hidden[row]).max().item() < 1e-4
+
+
+@pytest.mark.parametrize("num_draft_tokens", [1, 3, 7])
+def test_each_row_keeps_what_it_accepted_itself(num_draft_tokens: int) -> None:
+    """Replayed drafts that are right or wrong by plan: rows accept exactly up to their own first wrong draft."""
+    target, _ = golden_pair("dense")
+    prompts = [prompt[:9] + [7] * (9 - len(prompt)) for prompt in random_prompts(2, 4, 9, 256)]
+    sampling = [SamplingParams(60, temperature=0.8, seed=row) for row in range(4)]
+    texts = [[*prompt, *decode(target, None, [prompt], [one])[0].tokens]
+             for prompt, one in zip(prompts, sampling, strict=True)]
+    correct = np.random.default_rng(0).random((4, 69)) < np.array([[0.0], [0.5], [0.9], [1.0]])
+    replay = ReplayDrafter(np.array(texts), correct, 256)
+    state = prefilled("dense", prompts, sampling)
+    positions = [9] * 4
+    for _ in range(6):
+        state, output = decode_round(target, replay, state, num_draft_tokens)
+        for row, (*tokens, accepted) in enumerate(output.packed.tolist()):
+            planned = correct[row, positions[row] + 1 : positions[row] + 1 + num_draft_tokens]
+            assert accepted == (num_draft_tokens if planned.all() else int(np.argmin(planned)))
+            assert tokens[: accepted + 1] == texts[row][positions[row] + 1 : positions[row] + accepted + 2]
+            positions[row] += accepted + 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_after_a_rejection_drafts_are_those_of_a_clean_context(kind: str) -> None:
+    """transformers leaves a rejected draft's K/V visible to its drafter; here the next drafts must not know of it."""
+    target, drafter = golden_pair(kind)
+    prompt = random_prompts(4, 1, 60, 256)[0]
+    state, text, rejections = prefilled(kind, [prompt]), [*prompt], 0
+    text.append(int(state.last_token.item()))
+    for _ in range(15):
+        state, output = decode_round(target, drafter, state, 5)
+        *tokens, accepted = output.packed[0].tolist()
+        text += tokens[: accepted + 1]
+        rejections += accepted < 5
+        clean = prefilled(kind, [text[:-1]])
+        assert clean.last_token.item() == text[-1]
+        assert draft(target, drafter, state, 5, None).tolist() == draft(target, drafter, clean, 5, None).tolist()
+    assert rejections > 5
+
+
+def test_chunks_cover_ragged_prompts_and_mark_the_padding() -> None:
+    chunks = padded_chunks([[1, 2, 3, 4, 5], [6], [7, 8, 9]], 2)
+    assert [start for start, _, _ in chunks] == [0, 2, 4]
+    assert [valid.tolist() for _, _, valid in chunks] == [[2, 1, 2], [2, 0, 1], [1, 0, 0]]
+    assert chunks[1][1].tolist() == [[3, 4], [0, 0], [9, 0]]
