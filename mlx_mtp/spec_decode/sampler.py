@@ -78,7 +78,7 @@ class Sampler:
         return mx.where(sampled, self._filter(scaled) + noise, scores)
 
     def _filter(self, scaled: mx.array) -> mx.array:
-        """Tempered logits [B, L, C], the best at 0, with everything that top-k, top-p or min-p drops at minus infinity."""
+        """Tempered logits [B, L, C], the best at 0, with all that top-k, top-p or min-p drops at minus infinity."""
         lowest = mx.array(-float("inf"))
         if self.needs_min_p:
             lowest = mx.log(self.min_p)  # the best token stands at 0
