@@ -8,10 +8,15 @@ belong to no published model: those must be present.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from contextlib import suppress
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any, Literal
 
+from mlx_mtp.config_json import Section, shown
 from mlx_mtp.errors import ConfigError, RequestError
 
 AttentionKind = Literal["sliding_attention", "full_attention"]
@@ -29,7 +34,7 @@ TEXT_MODEL_TYPES = {
 }
 TARGET_MODEL_TYPES = ("gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text")
 DRAFTER_MODEL_TYPES = ("gemma4_assistant", "gemma4_unified_assistant")
-SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+MOST_LAYERS = 1000
 
 Json = Mapping[str, Any]
 
@@ -111,9 +116,9 @@ class TargetConfig:
         model_type = raw.get("model_type")
         if model_type not in TARGET_MODEL_TYPES:
             hint = " (this is a drafter: pass it as draft model)" if model_type in DRAFTER_MODEL_TYPES else ""
-            raise ConfigError(f"model_type {model_type!r} is not supported as a target{hint}; "
+            raise ConfigError(f"model_type {shown(model_type)} is not supported as a target{hint}; "
                               f"expected one of {', '.join(TARGET_MODEL_TYPES)}")
-        return cls(model_type, _text_config(_text_section(raw), TEXT_MODEL_TYPES[model_type]))
+        return cls(model_type, _text_config(_text_section(Section(raw)), TEXT_MODEL_TYPES[model_type]))
 
 
 @dataclass(frozen=True)
@@ -136,22 +141,16 @@ class DrafterConfig:
         """Reads an assistant's config.json. Raises ConfigError naming the key that is missing or unsupported."""
         model_type = raw.get("model_type")
         if model_type not in DRAFTER_MODEL_TYPES:
-            raise ConfigError(f"model_type {model_type!r} is not an MTP drafter; "
+            raise ConfigError(f"model_type {shown(model_type)} is not an MTP drafter; "
                               f"expected one of {', '.join(DRAFTER_MODEL_TYPES)}")
-        section = dict(_text_section(raw))
-        section.setdefault("hidden_size_per_layer_input", 0)
-        section["num_kv_shared_layers"] = 0  # all of its layers read the target's K/V: there is nothing to share
-        text = _text_config(section, TEXT_MODEL_TYPES[model_type])
-        if text.per_layer_input or text.experts:
-            raise ConfigError("a drafter with per-layer embeddings or experts is not supported; "
-                              "expected hidden_size_per_layer_input 0 and enable_moe_block false")
-        centroids = None
-        if raw.get("use_ordered_embeddings", False):
-            centroids = CentroidConfig(raw.get("num_centroids", 2048), raw.get("centroid_intermediate_top_k", 32))
-            if text.vocab_size % centroids.num_centroids or not 0 < centroids.top_k <= centroids.num_centroids:
-                raise ConfigError(f"num_centroids {centroids.num_centroids} must divide vocab_size {text.vocab_size} "
-                                  f"and be at least centroid_intermediate_top_k {centroids.top_k}")
-        return cls(model_type, text, _require(raw, "backbone_hidden_size", int), centroids)
+        root = Section(raw)
+        section = _text_section(root)
+        section.choice("hidden_size_per_layer_input", (0,), 0)
+        section.choice("enable_moe_block", (False,), False)
+        section.choice("use_double_wide_mlp", (False,), False)
+        text = _text_config(section, TEXT_MODEL_TYPES[model_type], is_drafter=True)
+        centroids = _centroids(root, text.vocab_size) if root.flag("use_ordered_embeddings") else None
+        return cls(model_type, text, root.integer("backbone_hidden_size"), centroids)
 
 
 @dataclass(frozen=True)
@@ -167,9 +166,10 @@ class QuantizationConfig:
 class SamplingParams:
     """How one request is sampled. A default exists here and nowhere else.
 
-    temperature: 0 is greedy; otherwise logits are divided by it before the filters.
-    top_k: keep the k best tokens; 0 keeps all. top_p: keep the smallest set with that much probability (after top_k).
-    min_p: drop tokens below that share of the best one's probability.
+    temperature: 0 is greedy; otherwise logits are divided by it before the filters, which come in this order.
+    min_p: drop tokens below that share of the best one's probability, in the tempered distribution.
+    top_k: keep the k best tokens; 0 keeps all.
+    top_p: keep the smallest set with that much of the probability that top_k keeps.
     seed: the text is a function of prompt, settings and seed; 0 <= seed < 2**32.
     stop: strings that end the text; they are not part of it.
     """
@@ -183,16 +183,16 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if isinstance(self.stop, str):
-            object.__setattr__(self, "stop", (self.stop,))
-        object.__setattr__(self, "stop", tuple(self.stop))
-        _check("max_tokens", self.max_tokens, self.max_tokens >= 1, "at least 1")
-        _check("temperature", self.temperature, 0.0 <= self.temperature < float("inf"), "a number of at least 0")
-        _check("top_k", self.top_k, self.top_k >= 0, "at least 0 (0 keeps all tokens)")
-        _check("top_p", self.top_p, 0.0 < self.top_p <= 1.0, "above 0 and at most 1")
-        _check("min_p", self.min_p, 0.0 <= self.min_p <= 1.0, "between 0 and 1")
-        _check("seed", self.seed, 0 <= self.seed < 2**32, "between 0 and 4294967295")
-        _check("stop", self.stop, all(self.stop), "non-empty strings")
+        _check(self, "max_tokens", int, lambda value: value >= 1, "a whole number of at least 1")
+        _check(self, "temperature", float, lambda value: 0 <= value < math.inf, "a finite number of at least 0")
+        _check(self, "top_k", int, lambda value: value >= 0, "a whole number of at least 0 (0 keeps all tokens)")
+        _check(self, "top_p", float, lambda value: 0 < value <= 1, "a number above 0 and at most 1")
+        _check(self, "min_p", float, lambda value: 0 <= value <= 1, "a number between 0 and 1")
+        _check(self, "seed", int, lambda value: 0 <= value < 2**32, "a whole number between 0 and 4294967295")
+        stop = (self.stop,) if isinstance(self.stop, str) else self.stop
+        if not isinstance(stop, Sequence | Set) or not all(isinstance(text, str) and text for text in stop):
+            raise RequestError(f"stop is {self.stop!r}; expected non-empty strings")
+        object.__setattr__(self, "stop", tuple(stop))
 
 
 @dataclass(frozen=True)
@@ -209,160 +209,171 @@ class EngineConfig:
     prefill_chunk: int = 512
 
     def __post_init__(self) -> None:
-        _check("max_draft_tokens", self.max_draft_tokens, self.max_draft_tokens >= 0, "at least 0")
-        _check("num_draft_tokens", self.num_draft_tokens, 0 <= self.num_draft_tokens <= self.max_draft_tokens,
-               f"between 0 and {self.max_draft_tokens}")
-        _check("prefill_chunk", self.prefill_chunk, self.prefill_chunk >= 1, "at least 1")
+        _check(self, "max_draft_tokens", int, lambda value: value >= 0, "a whole number of at least 0")
+        _check(self, "num_draft_tokens", int, lambda value: 0 <= value <= self.max_draft_tokens,
+               f"a whole number between 0 and {self.max_draft_tokens}")
+        _check(self, "prefill_chunk", int, lambda value: value >= 1, "a whole number of at least 1")
 
 
-def _check(name: str, got: object, fine: bool, expected: str) -> None:
-    if not fine:
+def _check(
+    settings: object, name: str, kind: type[int] | type[float], is_fine: Callable[[Any], bool], expected: str
+) -> None:
+    """Makes a setting an int or a float in place, NumPy's too. Raises RequestError for anything else."""
+    got, value = getattr(settings, name), None
+    is_number = isinstance(got, Integral if kind is int else Real) and not isinstance(got, bool)
+    if is_number:
+        with suppress(OverflowError):  # a whole number beyond every float
+            value = kind(got)
+    if value is None or not is_fine(value):
         raise RequestError(f"{name} is {got!r}; expected {expected}")
+    object.__setattr__(settings, name, value)
 
 
-def _require(raw: Json, key: str, kind: type) -> Any:
-    value = raw.get(key)
-    if isinstance(value, bool) or not isinstance(value, kind):
-        raise ConfigError(f"config key {key!r} is {value!r}; expected {kind.__name__}")
-    if isinstance(value, int) and value <= 0:
-        raise ConfigError(f"config key {key!r} is {value}; expected a positive number")
-    return value
+def _text_section(root: Section) -> Section:
+    return root.section("text_config") if "text_config" in root else root
 
 
-def _text_section(raw: Json) -> Json:
-    section = raw.get("text_config", raw)
-    if not isinstance(section, Mapping):
-        raise ConfigError(f"config key 'text_config' is {type(section).__name__}; expected an object")
-    return section
-
-
-def _text_config(raw: Json, model_type: str) -> TextConfig:
+def _text_config(text: Section, model_type: str, is_drafter: bool = False) -> TextConfig:
     unified = model_type == "gemma4_unified_text"
-    found = raw.get("model_type", model_type)
-    if found != model_type:
-        raise ConfigError(f"text_config.model_type is {found!r}; expected {model_type!r}")
-    _reject_unsupported(raw)
-    for key in SIZES:
-        _require(raw, key, int)
-    kinds = _layer_kinds(raw)
-    layers = _layers(raw, kinds)
-    per_layer_width = 0 if unified else raw.get("hidden_size_per_layer_input", 256)
-    per_layer_vocab = raw.get("vocab_size_per_layer_input", 262_144)
-    vocab_size = raw.get("vocab_size", 262_144)
+    text.choice("model_type", (model_type,), model_type)
+    text.choice("attention_bias", (False,), False)
+    text.choice("tie_word_embeddings", (True,), True)
+    text.choice("hidden_activation", ("gelu_pytorch_tanh",), "gelu_pytorch_tanh")
+    text.choice("use_bidirectional_attention", ("vision", None), None)  # of image spans only; text stays causal
+    layers = _layers(text, is_drafter)
+    per_layer_width = 0 if unified or is_drafter else text.integer("hidden_size_per_layer_input", 256, minimum=0)
+    per_layer_input = None
+    if per_layer_width:
+        per_layer_input = PerLayerInputConfig(text.integer("vocab_size_per_layer_input", 262_144), per_layer_width)
     return TextConfig(
-        vocab_size=vocab_size,
-        hidden_size=raw["hidden_size"],
-        num_heads=raw["num_attention_heads"],
-        rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
-        window=raw.get("sliding_window", 1024 if unified else 512),
-        max_context=raw.get("max_position_embeddings", 262_144 if unified else 131_072),
+        vocab_size=text.integer("vocab_size", 262_144),
+        hidden_size=text.integer("hidden_size"),
+        num_heads=text.integer("num_attention_heads"),
+        rms_norm_eps=text.number("rms_norm_eps", 1e-6),
+        window=text.integer("sliding_window", 1024 if unified else 512),
+        max_context=text.integer("max_position_embeddings", 262_144 if unified else 131_072),
         layers=layers,
-        rotary=_rotary(raw, {layer.kind: layer.head_dim for layer in layers}),
-        softcap=raw.get("final_logit_softcapping"),
-        experts=_experts(raw),
-        per_layer_input=PerLayerInputConfig(per_layer_vocab, per_layer_width) if per_layer_width else None,
+        rotary=_rotary(text, {layer.kind: layer.head_dim for layer in layers}),
+        softcap=text.number("final_logit_softcapping") if text.has("final_logit_softcapping") else None,
+        experts=_experts(text) if text.flag("enable_moe_block") else None,
+        per_layer_input=per_layer_input,
     )
 
 
-def _reject_unsupported(raw: Json) -> None:
-    supported: dict[str, tuple[object, ...]] = {
-        "attention_bias": (False, None),
-        "tie_word_embeddings": (True, None),
-        "hidden_activation": ("gelu_pytorch_tanh", None),
-        "use_bidirectional_attention": ("vision", None),  # "vision" concerns image spans only; text stays causal
-    }
-    for key, values in supported.items():
-        if raw.get(key) not in values:
-            raise ConfigError(f"config key {key!r} is {raw[key]!r}, which is not supported; expected {values[0]!r}")
-
-
-def _layer_kinds(raw: Json) -> tuple[AttentionKind, ...]:
-    count = raw["num_hidden_layers"]
-    kinds = raw.get("layer_types")
-    if kinds is None:
-        kinds = [FULL if (i + 1) % 6 == 0 else SLIDING for i in range(count - 1)] + [FULL]
+def _layer_kinds(text: Section) -> tuple[AttentionKind, ...]:
+    count = text.integer("num_hidden_layers", maximum=MOST_LAYERS)
+    if not text.has("layer_types"):
+        return (*(FULL if (i + 1) % 6 == 0 else SLIDING for i in range(count - 1)), FULL)
+    kinds = tuple(text.items("layer_types"))
     if len(kinds) != count:
-        raise ConfigError(f"layer_types has {len(kinds)} entries; expected num_hidden_layers = {count}")
+        raise text.error("layer_types", f"num_hidden_layers = {count}", f"has {len(kinds)} entries")
     for kind in kinds:
         if kind not in ATTENTION_KINDS:
-            raise ConfigError(f"layer_types contains {kind!r}; expected {SLIDING!r} or {FULL!r}")
+            raise text.error("layer_types", f"{SLIDING!r} or {FULL!r}", f"contains {shown(kind)}")
     if kinds[-1] != FULL:
-        raise ConfigError(f"the last of layer_types is {kinds[-1]!r}; expected {FULL!r}")
-    return tuple(kinds)
+        raise text.error("layer_types", repr(FULL), f"ends with {shown(kinds[-1])}")
+    return kinds
 
 
-def _layers(raw: Json, kinds: Sequence[AttentionKind]) -> tuple[LayerConfig, ...]:
-    first_shared = len(kinds) - raw.get("num_kv_shared_layers", 0)
-    if not 0 <= first_shared <= len(kinds):
-        raise ConfigError(f"num_kv_shared_layers is {raw['num_kv_shared_layers']}; expected at most {len(kinds)}")
+def _layers(text: Section, is_drafter: bool) -> tuple[LayerConfig, ...]:
+    kinds = _layer_kinds(text)
+    shapes = _head_shapes(text, kinds)
+    num_shared = text.integer("num_kv_shared_layers", 0, minimum=0, maximum=len(kinds))
+    first_shared = len(kinds) - (0 if is_drafter else num_shared)  # a drafter reads the target's K/V, not its own
+    num_heads, mlp_width = text.integer("num_attention_heads"), text.integer("intermediate_size")
+    is_double, k_equals_v = text.flag("use_double_wide_mlp"), text.flag("attention_k_eq_v")
     donors = {kind: i for i, kind in enumerate(kinds[:first_shared])}
     layers = []
-    for i, kind in enumerate(kinds):
+    for i, (kind, (head_dim, num_kv_heads)) in enumerate(zip(kinds, shapes, strict=True)):
         if i >= first_shared and kind not in donors:
-            raise ConfigError(f"layer {i} shares K/V, but no layer before {first_shared} is a {kind} layer")
-        head_dim, num_kv_heads = _head_shape(raw, i, kind)
-        if raw["num_attention_heads"] % num_kv_heads:
-            raise ConfigError(f"num_attention_heads {raw['num_attention_heads']} is not a multiple of "
-                              f"the {num_kv_heads} kv heads of layer {i}")
-        double = raw.get("use_double_wide_mlp", False) and i >= first_shared
+            raise text.error("num_kv_shared_layers", f"a {kind} layer before layer {first_shared}",
+                             f"is {num_shared}: layer {i} shares K/V")
+        source = i if i < first_shared else donors[kind]
+        if num_kv_heads != shapes[source][1]:
+            raise text.error("per_layer_config", f"the {shapes[source][1]} of layer {source}, whose K/V it shares",
+                             f"gives layer {i} {num_kv_heads} kv heads")
+        if head_dim != (other := shapes[kinds.index(kind)][0]):
+            raise text.error("per_layer_config", "one size, for they share a rotary embedding",
+                             f"gives {kind} layers the head sizes {other} and {head_dim}")
+        if num_heads % num_kv_heads:
+            raise text.error("num_attention_heads", f"a multiple of the {num_kv_heads} kv heads of layer {i}")
         layers.append(LayerConfig(
             kind=kind,
             head_dim=head_dim,
             num_kv_heads=num_kv_heads,
-            k_equals_v=kind == FULL and raw.get("attention_k_eq_v", False),
-            kv_source=i if i < first_shared else donors[kind],
-            intermediate_size=raw["intermediate_size"] * (2 if double else 1),
+            k_equals_v=kind == FULL and k_equals_v,
+            kv_source=source,
+            intermediate_size=mlp_width * (2 if is_double and i >= first_shared else 1),
         ))
     return tuple(layers)
 
 
-def _head_shape(raw: Json, index: int, kind: AttentionKind) -> tuple[int, int]:
-    """(head_dim, kv heads) of one layer, from either spelling.
+def _head_shapes(text: Section, kinds: Sequence[AttentionKind]) -> list[tuple[int, int]]:
+    """(head_dim, kv heads) of every layer, from either spelling.
 
     Hub files say `global_head_dim` and `num_global_key_value_heads` (the latter counts only where K = V);
     newer transformers writes `per_layer_config` with zero-padded layer numbers, holding only what differs.
     """
-    head_dim, num_kv_heads = raw.get("head_dim", 256), raw["num_key_value_heads"]
-    per_layer = raw.get("per_layer_config")
-    if per_layer is not None:
-        override = {int(key): value for key, value in per_layer.items()}.get(index, {})
-        unknown = sorted(set(override) - {"head_dim", "num_key_value_heads"})
-        if unknown:
-            raise ConfigError(f"per_layer_config of layer {index} sets {unknown[0]!r}, which is not supported; "
-                              "expected head_dim or num_key_value_heads")
-        return override.get("head_dim", head_dim), override.get("num_key_value_heads", num_kv_heads)
-    if kind == SLIDING:
-        return head_dim, num_kv_heads
-    full_kv_heads = raw.get("num_global_key_value_heads") if raw.get("attention_k_eq_v", False) else None
-    return raw.get("global_head_dim") or 512, full_kv_heads or num_kv_heads
+    head_dim, num_kv_heads = _head_dim(text, "head_dim", 256), text.integer("num_key_value_heads")
+    if text.has("per_layer_config"):
+        shapes = [(head_dim, num_kv_heads)] * len(kinds)
+        for i, layer in _overrides(text.section("per_layer_config"), len(kinds)):
+            shapes[i] = _head_dim(layer, "head_dim", head_dim), layer.integer("num_key_value_heads", num_kv_heads)
+        return shapes
+    full_head_dim, full_kv_heads = _head_dim(text, "global_head_dim", 512), num_kv_heads
+    if text.flag("attention_k_eq_v") and text.has("num_global_key_value_heads"):
+        full_kv_heads = text.integer("num_global_key_value_heads")
+    return [(full_head_dim, full_kv_heads) if kind == FULL else (head_dim, num_kv_heads) for kind in kinds]
 
 
-def _rotary(raw: Json, head_dims: Mapping[AttentionKind, int]) -> dict[AttentionKind, RotaryConfig]:
+def _head_dim(section: Section, key: str, default: int) -> int:
+    head_dim = section.integer(key, default)
+    if head_dim % 2:
+        raise section.error(key, "an even number: a rotary embedding turns pairs")
+    return head_dim
+
+
+def _overrides(per_layer: Section, count: int) -> Iterator[tuple[int, Section]]:
+    """Layer number and what `per_layer_config` says of that layer."""
+    for key in per_layer:
+        if not re.fullmatch(r"[0-9]{1,4}", key) or int(key) >= count:
+            raise per_layer.error(key, f"a layer from 0 to {count - 1}", "is no layer")
+        layer = per_layer.section(key)
+        for name in layer:
+            if name not in ("head_dim", "num_key_value_heads"):
+                raise layer.error(name, "only head_dim and num_key_value_heads to differ", "is there")
+        yield int(key), layer
+
+
+def _rotary(text: Section, head_dims: Mapping[AttentionKind, int]) -> dict[AttentionKind, RotaryConfig]:
+    given = text.section("rope_parameters") if text.has("rope_parameters") else Section({})
+    for key in given:
+        if key not in ATTENTION_KINDS:
+            raise given.error(key, f"{SLIDING} and {FULL}, each with its own settings", "is there")
     defaults: dict[AttentionKind, Json] = {
         SLIDING: {"rope_type": "default", "rope_theta": 10_000.0},
         FULL: {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1_000_000.0},
     }
-    given = raw.get("rope_parameters") or defaults
     rotary = {}
     for kind, head_dim in head_dims.items():
-        parameters = given.get(kind) or defaults[kind]
-        rope_type = parameters.get("rope_type", "default")
-        if rope_type not in ("default", "proportional"):
-            raise ConfigError(f"rope_type {rope_type!r} of {kind} is not supported; expected default or proportional")
-        partial = parameters.get("partial_rotary_factor", 1.0) if rope_type == "proportional" else 1.0
-        rotary[kind] = RotaryConfig(
-            head_dim=head_dim,
-            theta=float(parameters.get("rope_theta", 10_000.0)),
-            rotated_dims=2 * int(partial * head_dim // 2),
-            factor=float(parameters.get("factor", 1.0)),
-        )
+        parameters = given.section(kind) if kind in given else Section(defaults[kind])
+        partial, factor = 1.0, 1.0
+        if parameters.choice("rope_type", ("default", "proportional"), "default") == "proportional":
+            partial = parameters.number("partial_rotary_factor", 1.0, maximum=1.0)
+            factor = parameters.number("factor", 1.0)
+        theta = parameters.number("rope_theta")
+        rotary[kind] = RotaryConfig(head_dim, theta, rotated_dims=2 * int(partial * head_dim // 2), factor=factor)
     return rotary
 
 
-def _experts(raw: Json) -> ExpertsConfig | None:
-    if not raw.get("enable_moe_block", False):
-        return None
-    num_experts, top_k = _require(raw, "num_experts", int), _require(raw, "top_k_experts", int)
-    if top_k > num_experts:
-        raise ConfigError(f"top_k_experts is {top_k}; expected at most num_experts = {num_experts}")
-    return ExpertsConfig(num_experts, top_k, _require(raw, "moe_intermediate_size", int))
+def _experts(text: Section) -> ExpertsConfig:
+    num_experts = text.integer("num_experts")
+    return ExpertsConfig(num_experts, text.integer("top_k_experts", maximum=num_experts),
+                         text.integer("moe_intermediate_size"))
+
+
+def _centroids(root: Section, vocab_size: int) -> CentroidConfig:
+    num_centroids = root.integer("num_centroids", 2048)
+    if vocab_size % num_centroids:
+        raise root.error("num_centroids", f"a divisor of vocab_size = {vocab_size}")
+    return CentroidConfig(num_centroids, root.integer("centroid_intermediate_top_k", 32, maximum=num_centroids))

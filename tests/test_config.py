@@ -6,6 +6,7 @@ import copy
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pytest
 
 from mlx_mtp.config import (
@@ -22,6 +23,7 @@ from mlx_mtp.config import (
 from mlx_mtp.errors import ConfigError, RequestError
 
 Json = dict[str, Any]
+NAN, INFINITY = float("nan"), float("inf")
 ROPE = {
     FULL: {"partial_rotary_factor": 0.25, "rope_theta": 1_000_000.0, "rope_type": "proportional"},
     SLIDING: {"rope_theta": 10_000.0, "rope_type": "default"},
@@ -133,9 +135,8 @@ def test_both_spellings_of_per_layer_sizes_give_the_same_config(member: Member) 
     differs = {"head_dim": 512} | ({"num_key_value_heads": member.heads[2]} if member.k_equals_v else {})
     text["per_layer_config"] = {f"{i:02d}": differs for i, kind in enumerate(text["layer_types"]) if kind == FULL}
     assert TargetConfig.from_json(new) == TargetConfig.from_json(old)
-    text["per_layer_config"].popitem()  # the last full layer falls back to 256: the spelling was not ignored
-    changed = TargetConfig.from_json(new).text.layers
-    assert (changed[member.period - 1].head_dim, changed[-1].head_dim) == (512, 256)
+    text["per_layer_config"] = dict.fromkeys(text["per_layer_config"], differs | {"head_dim": 128})
+    assert {layer.head_dim for layer in TargetConfig.from_json(new).text.layers} == {256, 128}
 
 
 def test_a_text_config_alone_reads_like_the_whole_file() -> None:
@@ -249,28 +250,99 @@ MOE = {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_inte
     ("backbone_hidden_size", drafter(backbone_hidden_size=0)),
     ("hidden_size_per_layer_input", drafter(text={"hidden_size_per_layer_input": 32})),
     ("enable_moe_block", drafter(text=MOE)),
-    ("num_centroids 100", drafter(use_ordered_embeddings=True, num_centroids=100)),
-    ("centroid_intermediate_top_k 0", drafter(use_ordered_embeddings=True, centroid_intermediate_top_k=0)),
-    ("centroid_intermediate_top_k 2049", drafter(use_ordered_embeddings=True, centroid_intermediate_top_k=2049)),
+    ("use_double_wide_mlp", drafter(text={"use_double_wide_mlp": True})),
+    ("num_kv_shared_layers", drafter(text={"num_kv_shared_layers": 5})),
+    ("use_ordered_embeddings", drafter(use_ordered_embeddings=None)),
+    ("num_centroids is 100", drafter(use_ordered_embeddings=True, num_centroids=100)),
+    ("centroid_intermediate_top_k is 0", drafter(use_ordered_embeddings=True, centroid_intermediate_top_k=0)),
+    ("centroid_intermediate_top_k is 2049", drafter(use_ordered_embeddings=True, centroid_intermediate_top_k=2049)),
 ])
 def test_an_impossible_drafter_raises_and_names_the_key(named: str, raw: Json) -> None:
     with pytest.raises(ConfigError, match=named):
         DrafterConfig.from_json(raw)
 
 
-NAN, INFINITY = float("nan"), float("inf")
+MALFORMED: list[tuple[str, Json]] = [
+    *((key, {key: value}) for key, values in {
+        "sliding_window": (None, 0, -1, "512", 2**40), "vocab_size": (None, 0, "x"), "head_dim": (None, 0, 7),
+        "global_head_dim": (None, -5, 7), "rms_norm_eps": (None, "x", 0, NAN, INFINITY),
+        "max_position_embeddings": (None, 0), "hidden_size_per_layer_input": (None, -1, "x"),
+        "vocab_size_per_layer_input": (None, 0), "final_logit_softcapping": (0, "x", True),
+        "num_kv_shared_layers": (None, "2"), "num_hidden_layers": (2**20,), "attention_k_eq_v": (None, 1),
+        "use_double_wide_mlp": (None, "x"), "enable_moe_block": (None, 0), "attention_bias": (None, 0),
+        "tie_word_embeddings": (None,), "hidden_activation": (None,),
+    }.items() for value in values),
+    ("num_global_key_value_heads", {"num_global_key_value_heads": -1, "attention_k_eq_v": True}),
+    *(("layer_types", {"layer_types": value}) for value in (7, "x", [], [[FULL]] * 6)),
+    *(("per_layer_config", {"per_layer_config": value}) for value in (
+        [1], {"a": {}}, {"-1": {}}, {"99": {"head_dim": 4}}, {"00": None}, {"00": {"num_key_value_heads": 0}},
+        {"00": {"head_dim": None}}, {"03": {"head_dim": 7}},
+        {"00": {"head_dim": 128}, "01": {"head_dim": 64}})),  # one kind, two sizes: the last one's rotary served both
+    ("layer 3, whose K/V", {"num_kv_shared_layers": 2, "layer_types": [SLIDING, FULL, SLIDING, SLIDING, SLIDING, FULL],
+                            "per_layer_config": {"4": {"num_key_value_heads": 1}}}),
+    *(("rope_parameters", {"rope_parameters": value}) for value in ([1], ROPE[SLIDING], {FULL: None})),
+    ("rope_theta", {"rope_parameters": {FULL: {"rope_type": "default"}}}),
+    ("factor", {"rope_parameters": {FULL: ROPE[FULL] | {"factor": 0}}}),
+    ("rope_theta", {"rope_parameters": {FULL: {"rope_theta": None}}}),
+    ("partial_rotary_factor", {"rope_parameters": {FULL: {"rope_type": "proportional", "partial_rotary_factor": 2.0}}}),
+]
+
+
+@pytest.mark.parametrize(("named", "changes"), MALFORMED, ids=[str(changes) for _, changes in MALFORMED])
+def test_a_malformed_text_setting_raises_and_is_named(named: str, changes: Json) -> None:
+    with pytest.raises(ConfigError, match=named):
+        TargetConfig.from_json(small(**changes))
+
+
+def test_an_error_names_the_key_with_its_place_what_is_there_and_what_is_expected() -> None:
+    overrides = {"model_type": "gemma4", "text_config": small(per_layer_config={"02": {"head_dim": "x\n"}})}
+    with pytest.raises(ConfigError) as raised:
+        TargetConfig.from_json(overrides)
+    assert str(raised.value) == (r"text_config.per_layer_config.02.head_dim is 'x\n'; "
+                                 "expected a whole number from 1 to 268435456")
+
+
+@pytest.mark.parametrize("config", [BY_NAME["E2B"].config(), BY_NAME["26B-A4B"].config(), drafter()],
+                         ids=["E2B", "26B-A4B", "drafter"])
+def test_whatever_json_a_key_holds_the_file_is_read_or_refused(config: Json) -> None:
+    parser = DrafterConfig if "backbone_hidden_size" in config else TargetConfig
+    values: list[Any] = [None, True, 0, -1, 7, 2.5, NAN, 10**400, "", "2", [], [[1]] * 42, {}, {"0": []}, {FULL: {}}]
+    keys = [*BY_NAME["E2B"].text(), "per_layer_config", *MOE]
+    refused = []
+    for key, value in [(key, value) for key in keys for value in values]:
+        try:
+            parser.from_json(config | {"text_config": config["text_config"] | {key: value}})
+        except ConfigError as error:
+            refused.append(str(error))
+    assert len(refused) > len(keys) * len(values) / 2
+    assert [text for text in refused if len(text) > 250 or "\n" in text] == []
+
+
+def test_rotary_settings_that_belong_to_proportional_are_ignored_elsewhere() -> None:
+    given = {"rope_type": "default", "rope_theta": 10_000, "factor": 8.0, "partial_rotary_factor": 0.5}
+    for kind, factor in ((SLIDING, 1.0), (FULL, 8.0)):
+        ours = given | {"rope_type": "proportional"} if kind == FULL else given
+        rotary = TargetConfig.from_json(small(rope_parameters={kind: ours})).text.rotary[kind]
+        assert (rotary.factor, rotary.rotated_dims) == (factor, 256)
+
+
+@pytest.mark.parametrize("changes", [{"num_centroids": 0}, {"num_centroids": None},
+                                     {"centroid_intermediate_top_k": "3"}])
+def test_malformed_centroids_raise_and_are_named(changes: Json) -> None:
+    with pytest.raises(ConfigError, match=next(iter(changes))):
+        DrafterConfig.from_json(drafter(use_ordered_embeddings=True, **changes))
 
 
 @pytest.mark.parametrize(("name", "values"), [
-    ("max_tokens", [0, -1]),
-    ("temperature", [-0.1, NAN, INFINITY]),
-    ("top_k", [-1]),
-    ("top_p", [0.0, -0.5, 1.001, NAN]),
-    ("min_p", [-0.001, 1.001, NAN]),
-    ("seed", [-1, 2**32]),
-    ("stop", ["", ("end", "")]),
+    ("max_tokens", [0, -1, 2.5, "3", True, None]),
+    ("temperature", [-0.1, NAN, INFINITY, 10**400, "a", True, None]),
+    ("top_k", [-1, 2.5]),
+    ("top_p", [0.0, -0.5, 1.001, NAN, "1"]),
+    ("min_p", [-0.001, 1.001, NAN, 1j]),
+    ("seed", [-1, 2**32, 1.5, True]),
+    ("stop", ["", ("end", ""), (1,), None, 7, b"end", {"end": 1}]),
 ])
-def test_a_sampling_setting_out_of_bounds_raises_and_is_named(name: str, values: list[Any]) -> None:
+def test_a_sampling_setting_that_cannot_be_raises_and_is_named(name: str, values: list[Any]) -> None:
     for value in values:
         with pytest.raises(RequestError, match=f"^{name} is "):
             SamplingParams(**{name: value})
@@ -283,13 +355,23 @@ def test_sampling_settings_at_their_bounds_are_fine() -> None:
     assert SamplingParams(stop=["a", "b"]).stop == ("a", "b")  # type: ignore[arg-type]
 
 
+def test_numbers_of_numpy_are_as_good_as_pythons_own() -> None:
+    ours = SamplingParams(max_tokens=np.int64(3), temperature=np.float32(0.5), top_p=1, seed=np.uint32(2**32 - 1))
+    assert ours == SamplingParams(max_tokens=3, temperature=0.5, top_p=1.0, seed=2**32 - 1)
+    assert [type(value) for value in (ours.max_tokens, ours.temperature, ours.top_p)] == [int, float, float]
+    assert type(EngineConfig(num_draft_tokens=np.int32(2)).num_draft_tokens) is int
+
+
 @pytest.mark.parametrize(("name", "settings"), [
+    ("num_draft_tokens", {"num_draft_tokens": 1.5}),
+    ("num_draft_tokens", {"num_draft_tokens": True}),
+    ("prefill_chunk", {"prefill_chunk": "x"}),
     ("num_draft_tokens", {"num_draft_tokens": -1}),
     ("num_draft_tokens", {"num_draft_tokens": 5, "max_draft_tokens": 4}),
     ("max_draft_tokens", {"max_draft_tokens": -1}),
     ("prefill_chunk", {"prefill_chunk": 0}),
 ])
-def test_an_engine_setting_out_of_bounds_raises_and_is_named(name: str, settings: dict[str, int]) -> None:
+def test_an_engine_setting_that_cannot_be_raises_and_is_named(name: str, settings: dict[str, Any]) -> None:
     with pytest.raises(RequestError, match=f"^{name} is "):
         EngineConfig(**settings)
     EngineConfig(num_draft_tokens=0, max_draft_tokens=0, prefill_chunk=1)
