@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import difflib
+import reprlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from numbers import Integral
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, TypeGuard, overload
 
 import mlx.core as mx
+import numpy as np
 from mlx.utils import tree_flatten
 
-from mlx_mtp import demo
+from mlx_mtp import demo, device
 from mlx_mtp.checkpoint import memory
 from mlx_mtp.checkpoint.hub import find_drafter, local_folder
 from mlx_mtp.checkpoint.loader import (
@@ -32,6 +36,7 @@ from mlx_mtp.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]
 AUTO = "auto"
+NO_DRAFTER = "none"
 PLANNED_CONTEXT = 8192  # tokens that the memory check allows for where nobody says more or less
 
 
@@ -89,7 +94,8 @@ def load(
     """Loads a target and its drafter.
 
     model: a checkpoint folder or a Hub name; None is the small pair that comes with the package.
-    draft_model: likewise; "auto" looks for `<model>-assistant` beside the folder or on the Hub; None: no drafter.
+    draft_model: likewise; "auto" looks for `<model>-assistant` beside the folder or on the Hub; None or "none": no
+    drafter.
     draft_bits: quantizes the drafter while loading. max_context: tokens to plan memory for, and the limit of prompt
     and answer together; None is the model's own limit. dtype: of the weights; None is float32 on CPU, else the
     checkpoint's own. before_reading is handed the pair while no weight is read yet, to raise early (see `check`).
@@ -97,6 +103,8 @@ def load(
     Raises CheckpointError, ConfigError, PairError, MemoryBudgetError or RequestError, each before any weight is read
     if it can be known by then.
     """
+    _check_names(model, draft_model, dtype)
+    draft_model = None if draft_model == NO_DRAFTER else draft_model
     notes = []
     if model is None:
         model = demo.TARGET
@@ -116,7 +124,7 @@ def load(
         notes.append(f"no drafter found for {model}: decoding without one (--draft-model names one)")
     elif draft_model is not None and draft_model != AUTO:
         draft_folder = local_folder(draft_model)
-    drafter = None if draft_folder is None else load_drafter(draft_folder, dtype, draft_bits)
+    drafter = None if draft_folder is None else load_drafter(draft_folder, target.dtype, draft_bits)
     if drafter is not None:
         check_pair(target.config, drafter.config, f"{folder}", f"{draft_folder}")
 
@@ -125,7 +133,7 @@ def load(
     planned = min(context, max_context or PLANNED_CONTEXT)
     weight_bytes = _nbytes(target) + (0 if drafter is None else _nbytes(drafter))
     slack = EngineConfig().max_draft_tokens + 1
-    memory.check_memory(text, weight_bytes, planned, slack, target.dtype, memory.device_memory())
+    memory.check_memory(text, weight_bytes, planned, slack, target.dtype, device.memory_bytes())
 
     tokenizer = Tokenizer(folder)
     pair = Pair(target, drafter, tokenizer, context, tuple(notes))
@@ -173,15 +181,21 @@ def check(pair: Pair, prompt: Prompt | Sequence[Prompt], **settings: Any) -> Non
     _requests(pair, prompt, settings)
 
 
-def score(pair: Pair, tokens: Sequence[int], *, chunk: int = 512) -> mx.array:
-    """The target's logits for every position of `tokens`: [L, V] float32, row i scoring what follows token i."""
-    if not tokens:
-        raise RequestError("there are no tokens to score: expected at least one")
+def score(pair: Pair, tokens: Prompt, *, chunk: int = 512) -> mx.array:
+    """The target's logits for every position of `tokens`: [L, V] float32, row i scoring what follows token i.
+
+    tokens: ids, or text, which is encoded as a prompt is. chunk: tokens a pass.
+    Raises RequestError for what is no prompt, for more tokens than `pair.max_context` and for a chunk below 1.
+    """
+    ids = _tokens(pair, tokens)
+    _check_length(pair, len(ids))
+    if isinstance(chunk, bool) or not isinstance(chunk, Integral) or chunk < 1:
+        raise RequestError(f"chunk is {chunk!r}; expected a whole number of at least 1")
     text = pair.target.config.text
-    cache = KVCache(layer_shapes(text), text.window, 1, 1, pair.target.dtype, len(tokens))
+    cache = KVCache(layer_shapes(text), text.window, 1, 1, pair.target.dtype, len(ids))
     rows = []
-    for start in range(0, len(tokens), chunk):
-        piece = mx.array([list(tokens[start : start + chunk])], mx.int32)
+    for start in range(0, len(ids), chunk):
+        piece = mx.array([ids[start : start + chunk]], mx.int32)
         count = mx.array([piece.shape[1]], mx.int32)
         hidden = pair.target(piece, cache.stage(piece.shape[1], count))
         cache.commit(count, piece.shape[1])
@@ -193,14 +207,13 @@ def score(pair: Pair, tokens: Sequence[int], *, chunk: int = 512) -> mx.array:
 def _requests(
     pair: Pair, prompt: Prompt | Sequence[Prompt], settings: dict[str, Any]
 ) -> tuple[list[Request], EngineConfig]:
-    prompts: Sequence[Prompt] = prompt if _is_batch(prompt) else [prompt]  # type: ignore[assignment, list-item]
+    prompts = list(prompt) if _is_batch(prompt) else [prompt]
     sampling, config = _settings(len(prompts), settings)
-    requests = [
-        Request(_tokens(pair, text), one, pair.tokenizer.stop_tokens, pair.max_context)
-        for text, one in zip(prompts, sampling, strict=True)
-    ]
-    if not requests:
-        raise RequestError("the list of prompts is empty: expected at least one prompt")
+    requests = []
+    for one, params in zip(prompts, sampling, strict=True):
+        tokens = _tokens(pair, one)
+        _check_length(pair, len(tokens), answer=1)
+        requests.append(Request(tokens, params, pair.tokenizer.stop_tokens, pair.max_context))
     return requests, config
 
 
@@ -228,12 +241,16 @@ def _stream(
 
 def _settings(rows: int, given: dict[str, Any]) -> tuple[list[SamplingParams], EngineConfig]:
     names = {field.name for field in fields(SamplingParams)}
-    unknown = sorted(set(given) - names - {"sampling", "num_draft_tokens"})
-    if unknown:
-        raise RequestError(f"unknown setting {unknown[0]!r}; expected one of "
-                           f"{', '.join(sorted(names | {'sampling', 'num_draft_tokens'}))}")
+    known = sorted(names | {"sampling", "num_draft_tokens"})
+    for name in sorted(set(given) - set(known)):
+        likely = difflib.get_close_matches(name, known, 1, cutoff=0.52)
+        raise RequestError(f"unknown setting {name!r}; " + (f"did you mean {likely[0]}? " if likely else "")
+                           + f"expected one of {', '.join(known)}")
     base = given.get("sampling", SamplingParams())
-    per_row = [base] * rows if isinstance(base, SamplingParams) else list(base)
+    per_row = [base] * rows if isinstance(base, SamplingParams) else base
+    if not _is_list(per_row) or not all(isinstance(params, SamplingParams) for params in per_row):
+        raise RequestError(f"sampling is {reprlib.repr(base)}; expected a SamplingParams, or a list with one for each "
+                           "prompt")
     if len(per_row) != rows:
         raise RequestError(f"sampling has {len(per_row)} entries for {rows} prompts; expected one for each")
     changes = {name: value for name, value in given.items() if name in names}
@@ -243,19 +260,62 @@ def _settings(rows: int, given: dict[str, Any]) -> tuple[list[SamplingParams], E
     return [replace(params, **changes) for params in per_row], config
 
 
-def _is_batch(prompt: Prompt | Sequence[Prompt]) -> bool:
-    return not isinstance(prompt, str) and any(isinstance(part, Sequence) for part in prompt)
+def _is_batch(prompt: object) -> bool:
+    """Whether this is a list of prompts: some part of it is text or a list, not a token id."""
+    prompt = _plain(prompt)
+    return _is_list(prompt) and any(isinstance(part, str) or _is_list(_plain(part)) for part in prompt)
 
 
-def _tokens(pair: Pair, prompt: Prompt) -> list[int]:
-    if isinstance(prompt, str) and not prompt:
-        raise RequestError("the prompt is empty: expected some text")
+def _is_list(value: object) -> TypeGuard[Sequence[Any]]:
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes | bytearray | memoryview)
+
+
+def _plain(value: Any) -> Any:
+    """NumPy's and mlx's arrays and numbers as Python's."""
+    return value.tolist() if isinstance(value, mx.array | np.ndarray | np.generic) else value
+
+
+def _tokens(pair: Pair, prompt: object) -> list[int]:
+    """The ids of one prompt. Raises RequestError for what is neither text nor ids of the pair's vocabulary."""
+    prompt = _plain(prompt)
+    if isinstance(prompt, Mapping) or (_is_list(prompt) and any(isinstance(part, Mapping) for part in prompt)):
+        raise RequestError("the prompt is a conversation; expected text or token ids: pass "
+                           "pair.tokenizer.encode_chat(messages)")
+    if not isinstance(prompt, str) and not _is_list(prompt):
+        raise RequestError(f"a prompt is {reprlib.repr(prompt)}; expected text or a list of token ids, or a list of "
+                           "such prompts")
+    if not prompt:
+        raise RequestError("the prompt is empty: expected text or at least one token id")
+    tokens = pair.tokenizer.encode(prompt) if isinstance(prompt, str) else [_plain(part) for part in prompt]
     vocab_size = pair.target.config.text.vocab_size
-    tokens = pair.tokenizer.encode(prompt) if isinstance(prompt, str) else [int(token) for token in prompt]
     for token in tokens:
+        if isinstance(token, bool) or not isinstance(token, Integral):
+            raise RequestError(f"the prompt holds {reprlib.repr(token)}; expected token ids, which are whole numbers")
         if not 0 <= token < vocab_size:
             raise RequestError(f"the prompt holds token {token}; expected ids from 0 to {vocab_size - 1}")
-    return tokens
+    return [int(token) for token in tokens]
+
+
+def _check_length(pair: Pair, length: int, answer: int = 0) -> None:
+    """Raises RequestError if the context does not hold so many tokens and `answer` more; says whose limit that is."""
+    own = pair.target.config.text.max_context
+    if length + answer <= pair.max_context:
+        return
+    included = ", the answer included" if answer else ""
+    if length + answer <= own:
+        raise RequestError(f"the prompt has {length} tokens; max_context (--max-context) was set to {pair.max_context}"
+                           f"{included}: shorten the prompt or raise that limit")
+    raise RequestError(f"the prompt has {length} tokens; the model's context holds {own}{included}: shorten the "
+                       "prompt")
+
+
+def _check_names(model: object, draft_model: object, dtype: object) -> None:
+    """Raises RequestError for what can be no name of a checkpoint and no type of weights."""
+    for what, name in (("model", model), ("draft model", draft_model)):
+        if name is not None and not str(name).strip():  # as a path it would be the working directory
+            raise RequestError(f"the {what}'s name is empty: expected a folder or a Hub name (owner/name)")
+    if dtype is not None and dtype not in (mx.float32, mx.float16, mx.bfloat16):
+        raise RequestError(f"dtype is {dtype!r}; expected mx.float32, mx.float16 or mx.bfloat16")
 
 
 def _nbytes(model: Target | Drafter) -> int:

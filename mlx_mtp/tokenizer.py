@@ -39,7 +39,7 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Plain text as it stands, begun with <bos> if it does not say so itself."""
-        tokens = list(self._wrapped.encode(text, add_special_tokens=False, **_QUIET))
+        tokens = self._ids(text)
         bos = self._wrapped.bos_token_id  # put by us: not every tokenizer.json has a post-processor that adds it
         return tokens if bos is None or tokens[:1] == [bos] else [bos, *tokens]
 
@@ -51,12 +51,20 @@ class Tokenizer:
         from jinja2 import TemplateError
 
         try:
-            tokens = self._wrapped.apply_chat_template(
-                messages, add_generation_prompt=True, enable_thinking=False, tokenizer_kwargs=_QUIET)
+            text = self._wrapped.apply_chat_template(
+                messages, add_generation_prompt=True, enable_thinking=False, tokenize=False)
         except TemplateError as error:
             raise RequestError(f"the chat template refuses this conversation ({error}): change its roles or contents, "
                                "or pass --ignore-chat-template") from error
-        return list(tokens)
+        return self._ids(text)
+
+    def _ids(self, text: str) -> list[int]:
+        try:
+            text.encode("utf-8")  # Python keeps bytes that it cannot decode as lone surrogates
+        except UnicodeEncodeError as error:
+            raise RequestError(f"the prompt is not valid text: {text[error.start]!r} at position {error.start} stands "
+                               "for a byte that is not UTF-8; convert the prompt to UTF-8") from error
+        return list(self._wrapped.encode(text, add_special_tokens=False, **_QUIET))
 
     def decode(self, tokens: Sequence[int]) -> str:
         return str(self._wrapped.decode(tokens))

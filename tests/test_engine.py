@@ -131,6 +131,61 @@ def test_statistics_add_up() -> None:
     assert (plain.rounds, plain.drafted, plain.accepted_at, plain.mean_acceptance_length) == (4, 0, (), 1.0)
 
 
+def test_only_what_became_text_is_counted_as_accepted() -> None:
+    """A block may go beyond max_tokens or a stop: what was thrown away saved nothing."""
+    target, _ = golden_pair("dense")
+    prompt, replay, text = replayed("dense", 30)
+    for max_tokens in (2, 5, 9, 12):
+        stats = decode(target, replay, [prompt], [SamplingParams(max_tokens)], 7)[0].stats(peak_memory=0.0)
+        assert stats.generation_tokens <= 1 + stats.rounds + stats.accepted <= stats.generation_tokens + 1
+    stop = next(token for token in text[3:] if text.index(token) >= 3)
+    request = decode(target, replay, [prompt], [SamplingParams(30)], 7, frozenset([stop]))[0]
+    stats = request.stats(peak_memory=0.0)
+    assert stats.generation_tokens <= 1 + stats.rounds + stats.accepted <= stats.generation_tokens + 1
+    cut = Request([2], SamplingParams(50), frozenset(), 100)
+    cut.receive([5])
+    cut.receive([7, 8, 9, 6], drafted=3)
+    assert (cut.stop_after(3), cut.tokens, cut.accepted_counts) == (2, [5, 7, 8], [2])
+
+
+def test_acceptance_at_a_position_counts_the_rounds_that_got_so_far() -> None:
+    request = Request([2], SamplingParams(50), frozenset(), 100)
+    request.receive([5])
+    for accepted in (3, 0, 1, 3, 2):
+        request.receive([7] * (accepted + 1), drafted=3)
+    stats = request.stats(peak_memory=0.0)
+    assert (stats.rounds, stats.drafted, stats.accepted) == (5, 15, 9)
+    assert stats.accepted_at == (4, 3, 2)
+    assert stats.mean_acceptance_length == 1 + 9 / 5
+
+
+@pytest.mark.parametrize("num_draft_tokens", [1, 3, 4, 7])
+def test_long_texts_cross_every_step_of_reading_and_growing(num_draft_tokens: int) -> None:
+    """Full acceptance makes the bounds tight: a row as long as it can be, past 64 read and 256 grown, several times."""
+    target, _ = golden_pair("unified")
+    prompts = [[2, 7, 9], [2, 100, 50, 31]]
+    sampling = [SamplingParams(330, temperature=1.0, seed=row) for row in range(2)]
+    texts = [[*prompt, *decode(target, None, [prompt], [one])[0].tokens]
+             for prompt, one in zip(prompts, sampling, strict=True)]
+    length = max(map(len, texts))
+    known = np.array([text + [0] * (length - len(text)) for text in texts])
+    replay = ReplayDrafter(known, np.ones_like(known, bool), 256)
+    requests = decode(target, replay, prompts, sampling, num_draft_tokens)
+    assert [request.tokens for request in requests] == [text[len(p) :] for p, text in zip(prompts, texts, strict=True)]
+    assert requests[0].stats(0.0).mean_acceptance_length > 0.95 * (num_draft_tokens + 1)
+
+
+def test_every_launched_round_is_handed_to_the_device_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    target, drafter = golden_pair("edge")
+    handed: list[tuple[int, ...]] = []
+    real = mx.async_eval
+    monkeypatch.setattr(mx, "async_eval", lambda *arrays: handed.append(arrays[0].shape) or real(*arrays))
+    decode(target, drafter, [[2, 5, 9]], [SamplingParams(6)], num_draft_tokens=2)
+    assert handed[0] == (1, 2)
+    assert len(handed) > 2
+    assert set(handed[1:]) == {(1, 4)}
+
+
 def rounds_at(capacity: int) -> tuple[DecodeState, object, object]:
     target, drafter = golden_pair("edge")
     cache = new_cache(target, rows=2, reserve=capacity)

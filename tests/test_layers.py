@@ -236,7 +236,8 @@ def test_the_scale_of_embeddings_is_rounded_in_bfloat16(width: int, scale: float
     rounded = (table.weight[tokens].astype(mx.float32) * scale).astype(mx.bfloat16)
     assert mx.array_equal(embed_scaled(table, tokens, width), rounded).item()
     table.weight = mx.ones((4, width), mx.bfloat16)
-    assert mx.array_equal(embed_scaled(table, tokens, width), mx.full((2, 2, width), scale, mx.bfloat16)).item()
+    ones = embed_scaled(table, tokens, width)
+    assert mx.array_equal(ones, mx.full((2, 2, width), scale, mx.bfloat16)).item()
 
 
 def test_a_quantized_table_embeds_what_it_dequantizes_to() -> None:

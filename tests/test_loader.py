@@ -14,7 +14,7 @@ import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.utils import load_model, quantize_model, save_config, save_model
 
-from mlx_mtp import CheckpointError, MemoryBudgetError, RequestError, api, demo, load, score
+from mlx_mtp import CheckpointError, MemoryBudgetError, RequestError, api, demo, device, load, score
 from mlx_mtp.checkpoint import memory
 from mlx_mtp.checkpoint.loader import load_drafter, load_target, materialize
 from mlx_mtp.checkpoint.weights import SHARED_KV_REASON, written_name
@@ -326,7 +326,7 @@ def needed_bytes(context: int) -> tuple[int, int]:
 def test_a_context_that_does_not_fit_is_refused_and_the_advised_one_loads(monkeypatch: pytest.MonkeyPatch) -> None:
     weights, cache = needed_bytes(2048)
     budget = int((weights + cache) / (1 - memory.WORKING_SPACE)) + 1
-    monkeypatch.setattr(memory, "device_memory", lambda: budget)
+    monkeypatch.setattr(device, "memory_bytes", lambda: budget)
     with pytest.raises(MemoryBudgetError, match=r"a context of (\d+) tokens would fit \(--max-context\)") as refusal:
         load(demo.TARGET, draft_model=None)
     advised = int(str(refusal.value).split("a context of ")[1].split()[0])
@@ -350,7 +350,7 @@ def test_weights_that_do_not_fit_are_refused_and_a_checkpoint_of_the_advised_siz
     size = sum(array.nbytes for array in written.values())
     weights, cache = needed_bytes(memory.MIN_CONTEXT)
     share = -(-100 * size // weights)  # percent, rounded up
-    monkeypatch.setattr(memory, "device_memory", lambda: int((share / 100 * weights + cache) * 1.0001 / 0.95))
+    monkeypatch.setattr(device, "memory_bytes", lambda: int((share / 100 * weights + cache) * 1.0001 / 0.95))
     with pytest.raises(MemoryBudgetError, match=rf"with at most {share}% of this one's bytes .* 256 tokens") as refusal:
         load(demo.TARGET, draft_model=None)
     assert "\n" not in str(refusal.value)
@@ -358,7 +358,7 @@ def test_weights_that_do_not_fit_are_refused_and_a_checkpoint_of_the_advised_siz
 
 
 def test_nothing_is_read_before_the_memory_is_known_to_suffice(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "device_memory", lambda: 1_000_000)
+    monkeypatch.setattr(device, "memory_bytes", lambda: 1_000_000)
     monkeypatch.setattr(api, "materialize", lambda *_: pytest.fail("weights were read"))
     with pytest.raises(MemoryBudgetError, match=r"needs \d+\.\d+ GB .* but the device has"):
         load()

@@ -6,6 +6,7 @@ import pytest
 from support import KINDS, ReplayDrafter, decode, golden, golden_pair, new_cache, random_prompts
 
 from mlx_mtp.config import SamplingParams
+from mlx_mtp.models.drafter import Candidates
 from mlx_mtp.spec_decode.loop import DecodeState, decode_round, draft, first_token, padded_chunks, prefill_chunk
 from mlx_mtp.spec_decode.sampler import Sampler
 
@@ -87,6 +88,48 @@ def test_after_a_rejection_drafts_are_those_of_a_clean_context(kind: str) -> Non
         assert clean.last_token.item() == text[-1]
         assert draft(target, drafter, state, 5, None).tolist() == draft(target, drafter, clean, 5, None).tolist()
     assert rejections > 5
+
+
+class Mirror:
+    """A drafter that scores as the target did in a recorded text: its draws must be the target's, noise and all."""
+
+    def __init__(self, logits: mx.array, candidates_only: bool) -> None:
+        self._logits, self._candidates_only = logits, candidates_only
+
+    def context(self, keys_values: object, key_positions: object, newest_positions: mx.array) -> list[int]:
+        return [int(newest_positions[0].item())]
+
+    def __call__(self, embedding: mx.array, hidden: mx.array, context: list[int]) -> tuple[Candidates, mx.array]:
+        logits = self._logits[context[0]][None]
+        context[0] += 1
+        if not self._candidates_only:
+            return Candidates(logits), hidden
+        order = mx.argsort(-logits, axis=-1)[:, ::-1]  # all tokens, in an order that is not their ids'
+        return Candidates(mx.take_along_axis(logits, order, axis=-1), order), hidden
+
+
+@pytest.mark.parametrize("candidates_only", [False, True])
+def test_a_drafter_that_scores_like_the_target_draws_like_it(candidates_only: bool) -> None:
+    """Same noise at the same position for both, gathered by token id where only candidates are scored."""
+    target, _ = golden_pair("dense")
+    prompt, sampling = [2, 7, 9], SamplingParams(40, temperature=1.3, top_k=100, top_p=0.99, seed=5)
+    text = [*prompt, *decode(target, None, [prompt], [sampling])[0].tokens]
+    tokens = mx.array([text])
+    logits = target.logits(target(tokens, new_cache(target).stage(tokens.size, mx.array([tokens.size]))))[0]
+    state = prefilled("dense", [prompt], [sampling])
+    for _ in range(8):
+        state, output = decode_round(target, Mirror(logits, candidates_only), state, 3)  # type: ignore[arg-type]
+        assert output.packed[0, -1].item() == 3
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_the_first_token_is_drawn_with_the_noise_of_its_own_position(temperature: float) -> None:
+    """As if it had been decoded: prefill of a shorter prompt and one plain round give the same token."""
+    target, _ = golden_pair("unified")
+    sampling = SamplingParams(3, temperature=temperature, seed=11)
+    for prompt in random_prompts(6, 8, 30, 256):
+        tokens = decode(target, None, [prompt], [sampling])[0].tokens
+        assert decode(target, None, [[*prompt, tokens[0]]], [sampling])[0].tokens[:2] == tokens[1:]
 
 
 def test_chunks_cover_ragged_prompts_and_mark_the_padding() -> None:

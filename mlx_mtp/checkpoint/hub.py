@@ -23,6 +23,8 @@ def local_folder(name: str | Path, revision: str | None = None) -> Path:
     Files already in the Hub's cache are not fetched again, and without a network the cache is enough.
     Raises CheckpointError if there is neither.
     """
+    if not str(name).strip():  # as a path it would be the working directory
+        raise CheckpointError("the name of a checkpoint is empty: expected a folder or a Hub name (owner/name)")
     path = Path(name).expanduser()
     if path.is_dir():
         return path

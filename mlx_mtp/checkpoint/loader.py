@@ -20,6 +20,7 @@ from mlx.utils import tree_flatten
 
 from mlx_mtp.checkpoint.weights import Part, strip_prefix, uses, written_name
 from mlx_mtp.config import DrafterConfig, QuantizationConfig, TargetConfig, TextConfig
+from mlx_mtp.device import is_gpu
 from mlx_mtp.errors import CheckpointError, ConfigError, PairError, RequestError
 from mlx_mtp.models.drafter import Drafter
 from mlx_mtp.models.target import Target
@@ -45,7 +46,7 @@ class Weights:
 
 def default_dtype() -> mx.Dtype | None:
     """float32 on CPU, where MLX's bfloat16 is several times slower; None, the checkpoint's own, on a GPU."""
-    return mx.float32 if mx.default_device().type == mx.DeviceType.cpu else None
+    return None if is_gpu() else mx.float32
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -128,6 +129,9 @@ def load_target(folder: Path, dtype: mx.Dtype | None = None) -> tuple[Target, Co
     """
     raw = read_json(folder / "config.json")
     config = _parse(folder, TargetConfig.from_json, raw)
+    if config.text.experts and dtype is not None and dtype != mx.float32 and not is_gpu():
+        raise ConfigError(f"{folder}: a mixture of experts runs on CPU in float32 only (MLX's gather_mm); "
+                          f"expected dtype float32, got {_name(dtype)}")
     weights = open_weights(folder, "target", config.text)
     model = Target(config)
     _fill(model, weights, raw, "target", folder, dtype)
@@ -231,6 +235,7 @@ def _fill(
         if not _is_usable(array.dtype, expected[path].dtype):
             raise CheckpointError(f"{where} holds {_name(array.dtype)}; expected {_name(expected[path].dtype)}: "
                                   "convert the checkpoint to bfloat16, or to mlx's own quantization")
+    dtype = dtype or _main_dtype(weights)
     casted = [(path, _cast(array, expected[path].dtype, dtype)) for path, array in weights.arrays.items()]
     model.load_weights(casted, strict=True)
     model.eval()
@@ -247,10 +252,16 @@ def _name(dtype: mx.Dtype) -> str:
     return str(dtype).removeprefix("mlx.core.")
 
 
-def _cast(array: mx.array, expected: mx.Dtype, dtype: mx.Dtype | None) -> mx.array:
+def _main_dtype(weights: Weights) -> mx.Dtype:
+    """The floating type most tensors have. The others take it too: one float32 norm would widen all that follows."""
+    found = Counter(array.dtype for array in weights.arrays.values() if mx.issubdtype(array.dtype, mx.floating))
+    return found.most_common(1)[0][0]
+
+
+def _cast(array: mx.array, expected: mx.Dtype, dtype: mx.Dtype) -> mx.array:
     if expected == mx.int32:
         return array.astype(mx.int32)  # token ids
-    return array.astype(dtype) if dtype is not None and mx.issubdtype(array.dtype, mx.floating) else array
+    return array.astype(dtype) if mx.issubdtype(array.dtype, mx.floating) else array
 
 
 def _quantize_as_stored(

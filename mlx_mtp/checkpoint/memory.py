@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import mlx.core as mx
 
 from mlx_mtp.config import SLIDING, TextConfig
@@ -13,16 +11,6 @@ from mlx_mtp.kv_cache import layer_shapes
 GB = 1e9
 MIN_CONTEXT = 256  # the least that is worth advising, and the step of advice
 WORKING_SPACE = 0.05  # of the device's memory: activations, logits, masks
-
-
-def device_memory() -> int:
-    """Bytes that models may take on the default device: the recommended working set on Metal, else all there is."""
-    if mx.metal.is_available():
-        return int(mx.device_info()["max_recommended_working_set_size"])
-    info = mx.device_info()
-    if "total_memory" in info and mx.default_device().type == mx.DeviceType.gpu:
-        return int(info["total_memory"])
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def cache_bytes(config: TextConfig, context: int, slack: int, dtype: mx.Dtype) -> int:

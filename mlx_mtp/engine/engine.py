@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import mlx.core as mx
 import numpy as np
 
 from mlx_mtp.config import EngineConfig
+from mlx_mtp.device import wired_memory
 from mlx_mtp.engine.request import Request
 from mlx_mtp.kv_cache import KVCache, layer_shapes
 from mlx_mtp.models.target import Target
@@ -45,20 +46,6 @@ class _Flight:
     is_round: bool = True
 
 
-@contextmanager
-def wired_memory() -> Iterator[None]:
-    """Keeps weights and caches resident for the time of a generation where the backend can (Metal)."""
-    if not mx.metal.is_available():
-        yield
-        return
-    before = mx.set_wired_limit(int(mx.device_info()["max_recommended_working_set_size"]))
-    try:
-        yield
-    finally:
-        mx.synchronize()
-        mx.set_wired_limit(before)
-
-
 def read(output: RoundOutput) -> np.ndarray:
     """The one place where the host waits for the device and reads from it: [B, K + 2] int32, once a round."""
     return np.array(output.packed)
@@ -76,6 +63,8 @@ class Engine:
 
         on_prefill(done, total) is told of prompt tokens run, a chunk at a time.
         """
+        for request in requests:
+            request.submitted = time.perf_counter()
         with wired_memory():
             state = self._prefill(requests, on_prefill)
             packed = mx.stack([state.last_token, mx.zeros_like(state.last_token)], axis=1)
@@ -110,10 +99,9 @@ class Engine:
         for request, row in zip(flight.rows, packed.tolist(), strict=True):
             if request.is_finished:
                 continue
-            accepted = row[-1]
-            if flight.is_round:
-                request.count_round(flight.num_draft_tokens, accepted)
-            yield Event(request, request.receive(row[: accepted + 1]))
+            tokens = row[: row[-1] + 1]
+            drafted = flight.num_draft_tokens if flight.is_round else None
+            yield Event(request, request.receive(tokens, drafted))
 
     def _prefill(self, requests: Sequence[Request], on_prefill: Progress | None) -> DecodeState:
         text = self._target.config.text

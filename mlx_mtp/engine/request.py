@@ -17,10 +17,11 @@ FinishReason = Literal["stop", "length", "aborted"]
 class RequestStats:
     """What a request cost and what drafting gave it.
 
-    rounds: target passes after the prefill; drafted, accepted: draft tokens proposed, and those that the target agreed
-    with; accepted_at[i]: rounds in which at least i + 1 drafts were accepted; mean_acceptance_length: tokens a round,
-    1 + accepted / rounds. prompt_tps, generation_tps: tokens/s of prefill and of decoding after the first token;
-    ttft: seconds from submission to the first token; peak_memory: GB, of the whole process so far.
+    rounds: target passes after the prefill. drafted, accepted: draft tokens proposed, and those that became text (what
+    comes after a stop does not count). accepted_at[i]: rounds in which at least i + 1 drafts did.
+    mean_acceptance_length: tokens a round, 1 + accepted / rounds. prompt_tps, generation_tps: tokens/s of prefill and
+    of decoding after the first token. ttft: seconds from submission to the first token. peak_memory: GB that MLX held
+    at most since the generation began.
     """
 
     prompt_tokens: int
@@ -52,6 +53,7 @@ class Request:
     rounds: int = 0
     drafted: int = 0
     accepted_counts: list[int] = field(default_factory=list)
+    last_taken: int = 0
     submitted: float = field(default_factory=time.perf_counter)
     first_token_at: float = 0.0
     last_token_at: float = 0.0
@@ -76,8 +78,11 @@ class Request:
         """Tokens of the row that are known to the host, the newest included."""
         return len(self.prompt) + len(self.tokens)
 
-    def receive(self, tokens: Sequence[int]) -> list[int]:
-        """Takes tokens in order up to a stop token or max_tokens; returns those that belong to the text."""
+    def receive(self, tokens: Sequence[int], drafted: int | None = None) -> list[int]:
+        """Takes tokens in order up to a stop token or max_tokens; returns those that belong to the text.
+
+        drafted: how many drafts the round proposed whose accepted ones, and one more, these are; None for a prefill's.
+        """
         taken: list[int] = []
         self.last_token_at = time.perf_counter()
         if not self.tokens:
@@ -91,6 +96,11 @@ class Request:
                 self.finish_reason = "length"
                 break
         self.tokens += taken
+        self.last_taken = len(taken)
+        if drafted is not None:
+            self.rounds += 1
+            self.drafted += drafted
+            self.accepted_counts.append(min(len(tokens) - 1, len(taken)))
         return taken
 
     def stop_after(self, count: int) -> int:
@@ -98,12 +108,9 @@ class Request:
         surplus = len(self.tokens) - count
         del self.tokens[count:]
         self.finish_reason = "stop"
+        if self.accepted_counts:
+            self.accepted_counts[-1] = min(self.accepted_counts[-1], self.last_taken - surplus)
         return surplus
-
-    def count_round(self, drafted: int, accepted: int) -> None:
-        self.rounds += 1
-        self.drafted += drafted
-        self.accepted_counts.append(accepted)
 
     def stats(self, peak_memory: float) -> RequestStats:
         accepted = sum(self.accepted_counts)

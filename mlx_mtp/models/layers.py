@@ -8,6 +8,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_mtp.config import RotaryConfig
+from mlx_mtp.device import is_gpu
 
 # Element-wise chains become one kernel. On a GPU MLX compiles them itself; on CPU it does where there is a C++ compiler
 # and runs them one by one where there is none.
@@ -32,7 +33,7 @@ def softcap(logits: mx.array, cap: float | None) -> mx.array:
 
 def lacks_fast_kernels(x: mx.array) -> bool:
     """Whether mx.fast would fall back to a chain of small operations: on CPU, whose float32 twins here are shorter."""
-    return x.dtype == mx.float32 and mx.default_device().type == mx.DeviceType.cpu
+    return x.dtype == mx.float32 and not is_gpu()
 
 
 def rms_norm(x: mx.array, weight: mx.array | None, eps: float) -> mx.array:
@@ -96,6 +97,7 @@ class Rotary:
 
     def __init__(self, config: RotaryConfig) -> None:
         self._periods = rotary_frequencies(config)
+        mx.eval(self._periods)  # a lazy array could only be used on the thread that made it
 
     def at(self, offset: mx.array, length: int) -> Turn:
         """Prepares the rotation of `length` tokens a row from position `offset` [B] on, for all layers of a pass."""
@@ -136,7 +138,8 @@ def _rotate(halves: mx.array, swapped: mx.array, cosines: mx.array, sines: mx.ar
 def embed_scaled(table: nn.Embedding, tokens: mx.array, width: int) -> mx.array:
     """Embedding times sqrt(width): tokens [...] -> [..., width]. Works for plain and quantized tables.
 
-    The scale takes the embedding's dtype first, as in the reference: sqrt(1536) is 39.25 in bfloat16.
+    The scale takes the table's dtype first, as in the reference: sqrt(1536) is 39.25 in bfloat16. (mxfp and nvfp tables
+    give bfloat16 whatever the model's dtype is; mlx-lm goes on with that too, so that logits are equal.)
     """
     x = table(tokens)
     return x * mx.array(width**0.5, x.dtype)

@@ -1,7 +1,7 @@
 """The Gemma 4 text decoder.
 
 It does not own a cache: each pass is handed a `Stage`, where new keys and values are put and from where the ones to
-attend to come back. `kv_cache.Stage` is one; the tests' full-history oracle is another.
+attend to come back. `kv_cache.CacheStage` is one.
 """
 
 from __future__ import annotations

@@ -97,5 +97,5 @@ class Sampler:
         probabilities = mx.softmax(best, axis=-1)
         before = mx.cumsum(probabilities, axis=-1) - probabilities
         # A running sum can reach 1 before the last token, so a row without top-p is not put to that test.
-        kept = ((before < self.top_p) | (self.top_p >= 1)) & (best > -float("inf"))
+        kept = ((before < self.top_p) | (self.top_p >= 1) | (rank == 0)) & (best > -float("inf"))
         return mx.where(kept, best, float("inf")).min(axis=-1, keepdims=True)

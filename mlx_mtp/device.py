@@ -1,0 +1,38 @@
+"""The device that models run on: whether it is a GPU, what it can hold, and keeping weights resident on it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import mlx.core as mx
+
+
+def is_gpu() -> bool:
+    """Whether the default device is a GPU. A Mac has one and can still be told to use its CPU."""
+    return mx.default_device().type == mx.DeviceType.gpu
+
+
+def memory_bytes() -> int:
+    """Bytes that models may take: a GPU's recommended working set or its memory, else the machine's."""
+    if is_gpu():
+        info = mx.device_info()
+        for key in ("max_recommended_working_set_size", "total_memory", "memory_size"):
+            if key in info:
+                return int(info[key])
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+@contextmanager
+def wired_memory() -> Iterator[None]:
+    """Keeps weights and caches resident for the time of a generation, on a Mac's GPU; elsewhere there is no need."""
+    if not (is_gpu() and mx.metal.is_available()):
+        yield
+        return
+    before = mx.set_wired_limit(memory_bytes())
+    try:
+        yield
+    finally:
+        mx.synchronize()
+        mx.set_wired_limit(before)

@@ -1,0 +1,103 @@
+"""The device: limits asked of the one in use, models usable on another thread, one dtype all through."""
+
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+
+import mlx.core as mx
+import pytest
+from support import GOLDENS, KINDS, decode, golden_pair, new_cache
+
+from mlx_mtp import ConfigError, device
+from mlx_mtp.checkpoint.loader import load_drafter, load_target, materialize
+from mlx_mtp.config import SamplingParams
+from mlx_mtp.models import layers
+from mlx_mtp.spec_decode.loop import DecodeState, decode_round, first_token, prefill_chunk
+from mlx_mtp.spec_decode.sampler import Sampler
+
+
+def test_a_mac_told_to_use_its_cpu_is_not_asked_for_a_gpus_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There Metal is available, but the default device knows no working set."""
+    monkeypatch.setattr(mx.metal, "is_available", lambda: True)
+    assert device.memory_bytes() > 0
+    with device.wired_memory():
+        pass
+
+
+def test_on_a_macs_gpu_memory_is_wired_up_to_its_working_set_and_released(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits: list[int] = []
+    monkeypatch.setattr(device, "is_gpu", lambda: True)
+    monkeypatch.setattr(mx.metal, "is_available", lambda: True)
+    monkeypatch.setattr(mx, "device_info", lambda: {"max_recommended_working_set_size": 123})
+    monkeypatch.setattr(mx, "set_wired_limit", lambda limit: limits.append(limit) or 7)
+    with pytest.raises(KeyError), device.wired_memory():
+        raise KeyError
+    assert limits == [123, 7]
+
+
+def test_a_pair_loaded_on_one_thread_decodes_on_another() -> None:
+    target, _ = load_target(GOLDENS / "edge" / "target", mx.float32)
+    drafter = load_drafter(GOLDENS / "edge" / "assistant", mx.float32)
+    materialize(target, "target", GOLDENS)
+    materialize(drafter, "drafter", GOLDENS)
+    outcome = SimpleNamespace(tokens=None)
+
+    def work() -> None:
+        mx.set_default_device(mx.cpu)
+        outcome.tokens = decode(target, drafter, [[2, 5, 9]], [SamplingParams(8)], 3)[0].tokens
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert outcome.tokens == decode(target, None, [[2, 5, 9]], [SamplingParams(8)])[0].tokens
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "mixture"])
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16])
+def test_a_model_stays_in_its_dtype_from_embedding_to_logits(kind: str, dtype: mx.Dtype) -> None:
+    """One float32 constant on the way would double the traffic of all that follows on a GPU."""
+    target, _ = load_target(GOLDENS / kind / "target", dtype)
+    drafter = load_drafter(GOLDENS / kind / "assistant", target.dtype)
+    cache = new_cache(target)
+    hidden = mx.zeros((1, 64), target.dtype)
+    state = DecodeState(mx.zeros((1,), mx.int32), hidden, cache, Sampler.of([SamplingParams(temperature=1.0)]))
+    state = prefill_chunk(target, state, mx.array([[2, 7, 9, 30]]), mx.array([4]))
+    state = first_token(target, state)
+    token = target.embed(state.last_token)
+    context = drafter.context({kind: cache.read(layer) for kind, layer in target.config.text.donors.items()},
+                              {kind: cache.key_positions(kind) for kind in target.config.text.donors}, cache.lengths)
+    candidates, projected = drafter(token, state.hidden, context)
+    state, _ = decode_round(target, drafter, state, 2)
+    floating = [token, candidates.logits, projected, state.hidden, target.logits(state.hidden), *cache.arrays[1:]]
+    assert {array.dtype for array in floating} == {dtype}
+
+
+def test_a_stray_float32_tensor_takes_the_dtype_of_the_others(tmp_path: Path) -> None:
+    folder = tmp_path / "target"
+    folder.mkdir()
+    source = GOLDENS / "dense" / "target"
+    (folder / "config.json").write_bytes((source / "config.json").read_bytes())
+    weights = mx.load(str(source / "model.safetensors"))
+    assert isinstance(weights, dict)
+    name = next(name for name in weights if name.endswith("layers.3.layer_scalar"))
+    mx.save_safetensors(str(folder / "model.safetensors"), weights | {name: weights[name].astype(mx.float32)})
+    target, _ = load_target(folder, None)
+    assert target.layers[3].layer_scalar.dtype == target.dtype == mx.bfloat16
+
+
+def test_a_mixture_in_bfloat16_on_cpu_is_refused_at_load() -> None:
+    with pytest.raises(ConfigError, match="float32"):
+        load_target(GOLDENS / "mixture" / "target", mx.bfloat16)
+
+
+def test_the_gpu_path_of_every_twin_gives_the_same_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    """mx.fast's operations run on CPU too, as compositions: what a GPU would be given is the same function."""
+    expected = {}
+    for kind in ("edge", "dense"):
+        target, drafter = golden_pair(kind)
+        expected[kind] = decode(target, drafter, [[2, 5, 9] * 12, [2, 8]], [SamplingParams(30)] * 2, 3)
+    monkeypatch.setattr(layers, "is_gpu", lambda: True)
+    for kind, requests in expected.items():
+        target, drafter = golden_pair(kind)
+        again = decode(target, drafter, [[2, 5, 9] * 12, [2, 8]], [SamplingParams(30)] * 2, 3)
+        assert [request.tokens for request in again] == [request.tokens for request in requests]
