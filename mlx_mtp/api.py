@@ -94,8 +94,7 @@ def load(
     """Loads a target and its drafter.
 
     model: a checkpoint folder or a Hub name; None is the small pair that comes with the package.
-    draft_model: likewise; "auto" looks for `<model>-assistant` beside the folder or on the Hub; None or "none": no
-    drafter.
+    draft_model: likewise; "auto" looks for `<model>-assistant` beside the folder or on the Hub; "none" or None: none.
     draft_bits: quantizes the drafter while loading. max_context: tokens to plan memory for, and the limit of prompt
     and answer together; None is the model's own limit. dtype: of the weights; None is float32 on CPU, else the
     checkpoint's own. before_reading is handed the pair while no weight is read yet, to raise early (see `check`).
@@ -104,7 +103,6 @@ def load(
     if it can be known by then.
     """
     _check_names(model, draft_model, dtype)
-    draft_model = None if draft_model == NO_DRAFTER else draft_model
     notes = []
     if model is None:
         model = demo.TARGET
@@ -122,7 +120,7 @@ def load(
     draft_folder = find_drafter(model) if draft_model == AUTO else None
     if draft_model == AUTO and draft_folder is None:
         notes.append(f"no drafter found for {model}: decoding without one (--draft-model names one)")
-    elif draft_model is not None and draft_model != AUTO:
+    elif draft_model not in (None, AUTO, NO_DRAFTER):
         draft_folder = local_folder(draft_model)
     drafter = None if draft_folder is None else load_drafter(draft_folder, target.dtype, draft_bits)
     if drafter is not None:
@@ -189,7 +187,7 @@ def score(pair: Pair, tokens: Prompt, *, chunk: int = 512) -> mx.array:
     """
     ids = _tokens(pair, tokens)
     _check_length(pair, len(ids))
-    if isinstance(chunk, bool) or not isinstance(chunk, Integral) or chunk < 1:
+    if not _is_whole(chunk) or chunk < 1:
         raise RequestError(f"chunk is {chunk!r}; expected a whole number of at least 1")
     text = pair.target.config.text
     cache = KVCache(layer_shapes(text), text.window, 1, 1, pair.target.dtype, len(ids))
@@ -270,6 +268,10 @@ def _is_list(value: object) -> TypeGuard[Sequence[Any]]:
     return isinstance(value, Sequence) and not isinstance(value, str | bytes | bytearray | memoryview)
 
 
+def _is_whole(value: object) -> TypeGuard[int]:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
 def _plain(value: Any) -> Any:
     """NumPy's and mlx's arrays and numbers as Python's."""
     return value.tolist() if isinstance(value, mx.array | np.ndarray | np.generic) else value
@@ -289,7 +291,7 @@ def _tokens(pair: Pair, prompt: object) -> list[int]:
     tokens = pair.tokenizer.encode(prompt) if isinstance(prompt, str) else [_plain(part) for part in prompt]
     vocab_size = pair.target.config.text.vocab_size
     for token in tokens:
-        if isinstance(token, bool) or not isinstance(token, Integral):
+        if not _is_whole(token):
             raise RequestError(f"the prompt holds {reprlib.repr(token)}; expected token ids, which are whole numbers")
         if not 0 <= token < vocab_size:
             raise RequestError(f"the prompt holds token {token}; expected ids from 0 to {vocab_size - 1}")

@@ -6,6 +6,7 @@ Text goes to stdout and everything else to stderr, so that the output can be pip
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import sys
@@ -58,6 +59,8 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code: 0, 2 for what the user can mend, 130 after Ctrl-C."""
     args = parser().parse_args(arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # an encoding that lacks a letter must not end the answer
     try:
         return _run(args)
     except MtpError as error:
@@ -80,7 +83,6 @@ def _run(args: argparse.Namespace) -> int:
 
     progress = Progress(args.verbose)
     progress.show(f"loading {args.model or 'the built-in pair'}")
-    draft_model = None if args.draft_model == "none" else args.draft_model
     prompts: list[list[int]] = []
 
     def encode(pair: Pair) -> None:
@@ -88,7 +90,7 @@ def _run(args: argparse.Namespace) -> int:
         api.check(pair, prompts, sampling=sampling, num_draft_tokens=args.num_draft_tokens)
 
     try:
-        pair = api.load(args.model, draft_model, draft_bits=args.draft_bits, max_context=args.max_context,
+        pair = api.load(args.model, args.draft_model, draft_bits=args.draft_bits, max_context=args.max_context,
                         before_reading=encode)
     finally:
         progress.clear()
@@ -107,6 +109,15 @@ def _stream(pair: Pair, prompts: list[list[int]], sampling: SamplingParams, args
     partial = [""] * len(prompts)
     tokens: list[list[int]] = [[] for _ in prompts]
     live = len(prompts) == 1 and not args.json
+
+    def show(i: int) -> None:
+        if args.json:
+            _print_json(results.get(i), partial[i], tokens[i])
+            return
+        if len(prompts) > 1 and args.verbose:
+            print(f"--- {i + 1}", file=sys.stderr, flush=True)
+        print(results[i].text if i in results else partial[i], flush=True)
+
     try:
         for segment in api.stream_generate(
             pair, prompts, sampling=sampling, num_draft_tokens=args.num_draft_tokens,
@@ -120,16 +131,12 @@ def _stream(pair: Pair, prompts: list[list[int]], sampling: SamplingParams, args
             if segment.result is not None:
                 results[segment.index] = segment.result
             while printed in results and not live:
-                _print_result(results[printed], printed if len(prompts) > 1 and args.verbose else None, args.json)
+                show(printed)
                 printed += 1
     except KeyboardInterrupt:
         progress.clear()
         for i in range(printed, len(prompts) if not live else 0):
-            if args.json:
-                unfinished = {"text": partial[i], "tokens": tokens[i], "finish_reason": "interrupted", "stats": None}
-                print(json.dumps(unfinished), flush=True)
-            else:
-                print(partial[i], flush=True)
+            show(i)
         raise
     if live:
         print(flush=True)
@@ -138,14 +145,12 @@ def _stream(pair: Pair, prompts: list[list[int]], sampling: SamplingParams, args
     return 0
 
 
-def _print_result(result: Result, index: int | None, as_json: bool) -> None:
-    if as_json:
-        shown: dict[str, Any] = {field.name: getattr(result, field.name) for field in fields(result)}
-        print(json.dumps(shown | {"stats": asdict(result.stats)}), flush=True)
-        return
-    if index is not None:
-        print(f"--- {index + 1}", file=sys.stderr, flush=True)
-    print(result.text, flush=True)
+def _print_json(result: Result | None, text: str, tokens: list[int]) -> None:
+    """One line for a completion: the finished result, else what had come of it when it was interrupted."""
+    shown: dict[str, Any] = {"text": text, "tokens": tokens, "finish_reason": "interrupted", "stats": None}
+    if result is not None:
+        shown = {field.name: getattr(result, field.name) for field in fields(result)} | {"stats": asdict(result.stats)}
+    print(json.dumps(shown), flush=True)
 
 
 def _summarize(results: list[Result]) -> None:
@@ -163,11 +168,23 @@ def _summarize(results: list[Result]) -> None:
 def _prompts(given: list[str] | None) -> list[str]:
     if given is None and sys.stdin.isatty():
         raise RequestError("no prompt given: pass --prompt, or --prompt - to read stdin")
-    texts = [sys.stdin.read() if prompt == "-" else prompt for prompt in given or ["-"]]
+    if given is not None and given.count("-") > 1:
+        raise RequestError("--prompt - is given twice, but stdin can be read only once: give the others as text")
+    texts = [_stdin() if prompt == "-" else prompt for prompt in given or ["-"]]
     for text in texts:
         if not text.strip():
             raise RequestError("the prompt is empty: expected some text")
     return texts
+
+
+def _stdin() -> str:
+    try:
+        text = sys.stdin.read()
+        text.encode("utf-8")  # in the C locale, bytes that cannot be decoded come as lone surrogates
+    except UnicodeError as error:
+        raise RequestError(f"what came on stdin is not text in {sys.stdin.encoding}: convert it to that, or set "
+                           "PYTHONIOENCODING to the encoding it is in") from error
+    return text
 
 
 def _tokens(pair: Pair, text: str, args: argparse.Namespace) -> list[int]:

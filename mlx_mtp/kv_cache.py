@@ -87,10 +87,6 @@ class KVCache:
         return self._lengths[: self._rows]
 
     @property
-    def slack(self) -> int:
-        return self._slack
-
-    @property
     def arrays(self) -> list[mx.array]:
         """Everything that the next round depends on: hand it to `mx.async_eval`."""
         return [self._lengths, *self._buffers.values()]

@@ -62,8 +62,8 @@ class Tokenizer:
         try:
             text.encode("utf-8")  # Python keeps bytes that it cannot decode as lone surrogates
         except UnicodeEncodeError as error:
-            raise RequestError(f"the prompt is not valid text: {text[error.start]!r} at position {error.start} stands "
-                               "for a byte that is not UTF-8; convert the prompt to UTF-8") from error
+            raise RequestError(f"the prompt holds {text[error.start]!r}, which is no character but a byte that is not "
+                               "UTF-8, or half of a pair: convert the prompt to UTF-8") from error
         return list(self._wrapped.encode(text, add_special_tokens=False, **_QUIET))
 
     def decode(self, tokens: Sequence[int]) -> str:

@@ -1,6 +1,11 @@
 """The Python interface: every form of prompt, every setting, streams that add up, scores that are the target's."""
 
+import re
+from collections.abc import Callable
+from dataclasses import replace
+
 import mlx.core as mx
+import numpy as np
 import pytest
 from support import KINDS, golden, golden_pair, relative_error
 
@@ -14,6 +19,19 @@ PROMPT = "Explain `os.path.join`."
 @pytest.fixture(scope="module")
 def pair() -> Pair:
     return mlx_mtp.load(dtype=mx.float32)
+
+
+class Unending(Tokenizer):
+    """Knows no stop token, so that an answer is as long as it may be, whatever the demonstration pair has learnt."""
+
+    @property
+    def stop_tokens(self) -> frozenset[int]:
+        return frozenset()
+
+
+@pytest.fixture(scope="module")
+def unending(pair: Pair) -> Pair:
+    return replace(pair, tokenizer=Unending(demo.TARGET))
 
 
 def test_no_model_loads_the_built_in_pair_and_says_so(pair: Pair) -> None:
@@ -60,10 +78,15 @@ def test_the_stream_adds_up_to_the_result(pair: Pair) -> None:
 
 
 @pytest.mark.parametrize("num_draft_tokens", [0, 3, 7])
-def test_a_stop_string_ends_text_and_tokens_at_the_same_place_for_any_k(pair: Pair, num_draft_tokens: int) -> None:
-    whole = mlx_mtp.generate(pair, PROMPT, max_tokens=40)
-    stop = whole.text[10:13]
-    results = [mlx_mtp.generate(pair, PROMPT, max_tokens=40, stop=stop, num_draft_tokens=k)
+def test_a_stop_string_ends_text_and_tokens_at_the_same_place_for_any_k(
+    unending: Pair, num_draft_tokens: int
+) -> None:
+    whole = mlx_mtp.generate(unending, PROMPT, max_tokens=40)
+    assert len(whole.tokens) == 40
+    middle = len(whole.text) // 2
+    stop = whole.text[middle : middle + 3]
+    assert len(stop) == 3
+    results = [mlx_mtp.generate(unending, PROMPT, max_tokens=40, stop=stop, num_draft_tokens=k)
                for k in (0, num_draft_tokens)]
     assert results[0].text == results[1].text == whole.text[: whole.text.index(stop)]
     assert results[0].tokens == results[1].tokens == whole.tokens[: len(results[0].tokens)]
@@ -92,10 +115,105 @@ def test_impossible_settings_raise_before_anything_runs(pair: Pair, settings: di
         mlx_mtp.stream_generate(pair, PROMPT, **settings)
 
 
-@pytest.mark.parametrize("prompt", ["", [], [2, 5000], [2, -1]])
-def test_impossible_prompts_raise(pair: Pair, prompt: object) -> None:
-    with pytest.raises(RequestError):
+@pytest.mark.parametrize(("setting", "meant"), [
+    ("temp", "temperature"), ("n_draft", "num_draft_tokens"), ("max_new_tokens", "max_tokens"), ("nonsense", None),
+])
+def test_an_unknown_setting_comes_with_the_one_that_was_meant(pair: Pair, setting: str, meant: str | None) -> None:
+    with pytest.raises(RequestError, match=f"unknown setting '{setting}'; ") as refusal:
+        mlx_mtp.generate(pair, PROMPT, **{setting: 1})
+    found = re.search(r"did you mean (\w+)\?", str(refusal.value))
+    assert (found and found[1]) == meant
+
+
+@pytest.mark.parametrize("sampling", [{"temperature": 1.0}, [{"seed": 1}], "greedy", None, 0.7])
+def test_sampling_of_another_type_raises(pair: Pair, sampling: object) -> None:
+    with pytest.raises(RequestError, match=r"sampling is .*; expected a SamplingParams, or a list with one for each"):
+        mlx_mtp.generate(pair, PROMPT, sampling=sampling)
+
+
+MESSAGE = {"role": "user", "content": "Hi"}
+CONVERSATION = r"pass pair\.tokenizer\.encode_chat\(messages\)"
+EMPTY = "is empty: expected text or at least one token id"
+NO_PROMPT, NO_IDS = "expected text or a list of token ids", "expected token ids, which are whole numbers"
+IMPOSSIBLE = [
+    ("", EMPTY), ([], EMPTY), ([[]], EMPTY), (["a", ""], EMPTY), (np.array([]), EMPTY),
+    ([2, 5000], "token 5000; expected ids from 0"), ([2, -1], "token -1; expected ids from 0"),
+    ([MESSAGE], CONVERSATION), (MESSAGE, CONVERSATION), ([[MESSAGE], [MESSAGE]], CONVERSATION),
+    (None, "a prompt is None; " + NO_PROMPT), (b"Hi", "a prompt is b'Hi'; " + NO_PROMPT), (3, NO_PROMPT),
+    (np.array(3), NO_PROMPT), (iter([2, 3]), NO_PROMPT), ({2, 3}, NO_PROMPT),
+    (["a", 3], "a prompt is 3; " + NO_PROMPT), ([3, "a"], "a prompt is 3; " + NO_PROMPT),
+    ([2, 2.7], f"holds 2.7; {NO_IDS}"), (np.array([2.0, 3.0]), NO_IDS), (mx.array([2.5]), NO_IDS),
+    ([2, True], NO_IDS), ([2, None], f"holds None; {NO_IDS}"), ([b"Hi"], NO_IDS), (np.zeros((1, 1, 1), int), NO_IDS),
+]
+
+
+@pytest.mark.parametrize(("prompt", "message"), IMPOSSIBLE)
+def test_impossible_prompts_raise(pair: Pair, prompt: object, message: str) -> None:
+    with pytest.raises(RequestError, match=message):
         mlx_mtp.generate(pair, prompt)  # type: ignore[call-overload]
+
+
+def test_a_conversation_runs_once_it_is_encoded_as_advised(pair: Pair) -> None:
+    assert mlx_mtp.generate(pair, pair.tokenizer.encode_chat([MESSAGE]), max_tokens=2).stats.prompt_tokens > 2
+
+
+@pytest.mark.parametrize("form", [
+    tuple, np.array, mx.array, lambda ids: list(np.array(ids)), lambda ids: list(mx.array(ids)), lambda ids: np.array(
+        ids, np.uint16),
+])
+def test_token_ids_may_be_of_any_array(pair: Pair, form: Callable[[list[int]], object]) -> None:
+    tokens = pair.tokenizer.encode(PROMPT)
+    expected = mlx_mtp.generate(pair, tokens, max_tokens=5).tokens
+    assert mlx_mtp.generate(pair, form(tokens), max_tokens=5).tokens == expected
+    batch = mlx_mtp.generate(pair, [form(tokens), PROMPT], max_tokens=5)
+    assert [result.tokens for result in batch] == [expected, expected]
+    assert mx.array_equal(mlx_mtp.score(pair, form(tokens)), mlx_mtp.score(pair, PROMPT))
+
+
+def test_an_array_of_two_rows_is_a_batch(pair: Pair) -> None:
+    tokens = pair.tokenizer.encode(PROMPT)
+    for array in (np.array([tokens, tokens]), mx.array([tokens, tokens])):
+        assert len(mlx_mtp.generate(pair, array, max_tokens=2)) == 2
+
+
+def test_a_prompt_too_long_for_the_asked_context_says_whose_limit_that_is_and_raising_it_helps(pair: Pair) -> None:
+    tokens = [2] * 12
+    asked = replace(pair, max_context=12)
+    with pytest.raises(RequestError, match=r"max_context \(--max-context\) was set to 12, the answer incl.* raise"):
+        mlx_mtp.generate(asked, tokens)
+    assert mlx_mtp.generate(replace(pair, max_context=13), tokens).stats.generation_tokens <= 1
+    assert mlx_mtp.score(asked, tokens).shape[0] == 12
+    with pytest.raises(RequestError, match=r"13 tokens; max_context \(--max-context\) was set to 12: shorten"):
+        mlx_mtp.score(asked, [2] * 13)
+    with pytest.raises(RequestError, match=r"the model's context holds 4096: shorten the prompt$"):
+        mlx_mtp.score(asked, [2] * 4097)
+
+
+@pytest.mark.parametrize(("tokens", "chunk", "message"), [
+    ([2, 10**6], 512, "token 1000000; expected ids from 0"), ([2, -5], 512, "token -5; expected ids"), ([], 512, EMPTY),
+    ([2, 2.5], 512, NO_IDS), ([2], 0, "chunk is 0; expected a whole number of at least 1"), ([2], -1, "chunk is -1"),
+    ([2], 2.0, r"chunk is 2\.0"), ([2], True, "chunk is True"),
+])
+def test_what_cannot_be_scored_raises(pair: Pair, tokens: object, chunk: int, message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        mlx_mtp.score(pair, tokens, chunk=chunk)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("draft_model", [None, "none"])
+def test_none_is_no_drafter_by_either_spelling(draft_model: str | None) -> None:
+    pair = mlx_mtp.load(demo.TARGET, draft_model)
+    assert pair.drafter is None
+    assert pair.notes == ()
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    ({"model": ""}, "the model's name is empty"), ({"draft_model": ""}, "the draft model's name is empty"),
+    ({"dtype": "float16"}, r"dtype is 'float16'; expected mx\.float32, mx\.float16 or mx\.bfloat16"),
+    ({"dtype": mx.int8}, r"dtype is mlx\.core\.int8; expected mx\.float32"),
+])
+def test_what_names_nothing_to_load_raises(arguments: dict[str, object], message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        mlx_mtp.load(**arguments)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -110,9 +228,10 @@ def test_score_gives_the_targets_logits_of_every_position(kind: str) -> None:
         assert relative_error(logits, golden(kind)["target.96.logits"]) <= 2e-5
 
 
-def test_plain_decoding_follows_the_scores(pair: Pair) -> None:
-    tokens = pair.tokenizer.encode(PROMPT)
-    result = mlx_mtp.generate(pair, tokens, max_tokens=20)
+def test_plain_decoding_follows_the_scores(unending: Pair) -> None:
+    tokens = unending.tokenizer.encode(PROMPT)
+    result = mlx_mtp.generate(unending, tokens, max_tokens=20)
     assert isinstance(result, Result)
-    logits = mlx_mtp.score(pair, [*tokens, *result.tokens])
+    assert len(result.tokens) == 20
+    logits = mlx_mtp.score(unending, [*tokens, *result.tokens])
     assert mx.argmax(logits[len(tokens) - 1 : -1], axis=-1).tolist() == result.tokens

@@ -216,8 +216,17 @@ def timed_rounds(capacity: int, count: int) -> tuple[float, int]:
 
 
 def test_a_rounds_time_and_memory_do_not_grow_with_the_capacity() -> None:
-    """32k against 2k tokens of room, same length: at most 1.1 times, interleaved, best of several runs."""
+    """32k against 2k tokens of room, same length: at most 1.1 times.
+
+    Interleaved, and each side's best: a busy machine makes some runs slower, never faster, so more runs tell more.
+    """
     timed_rounds(2048, 5)
-    small, large = zip(*((timed_rounds(2048, 12), timed_rounds(32_768, 12)) for _ in range(4)), strict=True)
-    assert max(memory for _, memory in large) <= 1.1 * max(memory for _, memory in small)
-    assert min(seconds for seconds, _ in large) <= 1.1 * min(seconds for seconds, _ in small)
+    small, large = [float("inf")], [float("inf")]
+    for _ in range(15):
+        for capacity, times in ((2048, small), (32_768, large)):
+            seconds, memory = timed_rounds(capacity, 12)
+            times.append(seconds)
+            assert memory <= 1_100_000  # the cache itself is 0.6 MB with room for 2k tokens, 9 MB for 32k
+        if min(large) <= 1.1 * min(small):
+            return
+    raise AssertionError(f"{min(large) * 1e3:.2f} ms a round with 32k, {min(small) * 1e3:.2f} ms with 2k")

@@ -225,6 +225,8 @@ TABLE: dict[str, tuple[Arguments, str]] = {
                           r"X/config\.json: model_type 'gemma4' is not an MTP drafter; expected one of gemma4_"),
     "no such drafter": (lambda f: ["--model", str(golden(f)), "--draft-model", str(f / "no"), "-p", "Hello"],
                         r"no folder .*/no, .* check the path"),
+    "empty model name": (flags("--model", ""), r"the model's name is empty: expected a folder or a Hub name"),
+    "empty drafter name": (flags("--draft-model", " "), r"the draft model's name is empty: expected a folder or a Hub"),
     "damaged drafter": (model(lambda f: truncated(golden(f).with_name("X-assistant"), 0.5).with_name("X")),
                         r"X-assistant/model\.safetensors is truncated"),
     # Requests
@@ -233,7 +235,14 @@ TABLE: dict[str, tuple[Arguments, str]] = {
     "one of two prompts empty": (flags("-p", "Hello", "-p", ""), r"the prompt is empty"),
     "prompt beyond the context": (flags("-p", "word " * 5000), r"the prompt has \d+ tokens; the model's context holds "
                                                               r"4096, the answer included: shorten the prompt"),
-    "prompt beyond the asked context": (flags("-p", "word " * 40, "--max-context", "32"), r"holds 32, .* shorten"),
+    "prompt beyond the asked context": (
+        flags("-p", "word " * 40, "--max-context", "32"),
+        r"max_context \(--max-context\) was set to 32, the answer included: shorten the prompt or raise that limit"),
+    "prompt beyond the asked context and the model's": (flags("-p", "word " * 5000, "--max-context", "32"),
+                                                        r"the model's context holds 4096, .*: shorten the prompt$"),
+    "stdin twice": (flags("-p", "-", "-p", "-"), r"stdin can be read only once: give the others as text"),
+    "bytes that are not UTF-8": (flags("-p", "Caf\udce9"), r"holds '\\udce9', which is no character .* to UTF-8"),
+    "a system prompt that is not UTF-8": (flags("-p", "Hello", "--system-prompt", "\udcff"), r"holds '\\udcff', which"),
     "one of two prompts too long": (flags("-p", "Hello", "-p", "word " * 5000), r"the prompt has \d+ tokens"),
     "K = -1": (flags("--num-draft-tokens", "-1"), r"num_draft_tokens is -1; expected a whole number between 0 and 7"),
     "K = 8": (flags("--num-draft-tokens", "8"), r"num_draft_tokens is 8; expected a whole number between 0 and 7"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -67,7 +68,7 @@ def test_the_flags_have_mlx_lms_names_and_each_sets_its_setting(
     assert main(["--model", "a/b", "--draft-model", "none", "--draft-bits", "4", "--max-context", "99", "-p", "Hi",
                  "-m", "7", "--temp", "0.5", "--top-p", "0.6", "--top-k", "8", "--min-p", "0.1", "--seed", "9",
                  "--num-draft-tokens", "2", "--verbose", "F"]) == 0
-    assert (seen["model"], seen["draft_model"], seen["draft_bits"], seen["max_context"]) == ("a/b", None, 4, 99)
+    assert (seen["model"], seen["draft_model"], seen["draft_bits"], seen["max_context"]) == ("a/b", "none", 4, 99)
     assert seen["sampling"] == SamplingParams(7, 0.5, 8, 0.6, 0.1, 9)
     assert seen["num_draft_tokens"] == 2
 
@@ -201,6 +202,55 @@ def test_ctrl_c_keeps_what_came_of_each_answer(
     out, err = capsys.readouterr()
     assert out == printed
     assert err.splitlines()[-1] == "interrupted"
+
+
+FINISHED = RequestStats(1, 1, 0, 0, 0, (), 1.0, 1.0, 1.0, 1.0, 1.0)
+
+
+@pytest.mark.parametrize("flag", ["--json", "--verbose"])
+def test_ctrl_c_prints_what_had_finished_behind_a_running_answer_as_finished(
+    flag: str, monkeypatch: pytest.MonkeyPatch, pair: api.Pair, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = api.Result("Two", [6, 7], "stop", FINISHED)
+    segments = api.Segment(0, "One", [5]), api.Segment(1, "Two", [6, 7], whole)
+    monkeypatch.setattr(api, "stream_generate", InterruptedAfter(*segments))
+    monkeypatch.setattr(api, "load", lambda *_, **settings: loaded(pair, **settings))
+    assert main(["-p", "a", "-p", "b", flag, *(["T"] if flag == "--verbose" else [])]) == 130
+    out, err = capsys.readouterr()
+    if flag == "--json":
+        running, finished = map(json.loads, out.splitlines())
+        assert (running["text"], running["finish_reason"], running["stats"]) == ("One", "interrupted", None)
+        assert (finished["text"], finished["tokens"], finished["finish_reason"]) == ("Two", [6, 7], "stop")
+        assert finished["stats"] == json.loads(json.dumps(asdict(FINISHED)))
+    else:
+        assert out == "One\nTwo\n"
+        assert [line for line in err.splitlines() if line.startswith("---")] == ["--- 1", "--- 2"]
+
+
+@pytest.mark.parametrize(("encoding", "errors"), [("utf-8", "strict"), ("utf-8", "surrogateescape"),
+                                                  ("ascii", "strict")])
+def test_bytes_on_stdin_that_are_no_text_are_one_line_and_its_advice_helps(
+    encoding: str, errors: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"Caf\xe9"), encoding, errors))
+    assert main(SHORT) == 2
+    assert capsys.readouterr() == ("", f"error: what came on stdin is not text in {encoding}: convert it to that, or "
+                                       "set PYTHONIOENCODING to the encoding it is in\n")
+    advised = subprocess.run(command(*SHORT), cwd=ROOT, env=os.environ | {"PYTHONIOENCODING": "latin-1"},
+                             input=b"Caf\xe9", capture_output=True, check=False)
+    assert advised.returncode == 0, advised.stderr
+
+
+def test_an_answer_beyond_stdouts_encoding_comes_to_its_end(
+    monkeypatch: pytest.MonkeyPatch, pair: api.Pair
+) -> None:
+    written = io.BytesIO()
+    segments = api.Segment(0, "naïve ", [5]), api.Segment(0, "🦙!", [6])
+    monkeypatch.setattr(api, "stream_generate", lambda *_, **__: iter(segments))
+    monkeypatch.setattr(api, "load", lambda *_, **settings: loaded(pair, **settings))
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, "ascii"))
+    assert main(["-p", "a"]) == 0
+    assert written.getvalue() == b"na?ve ?!\n"
 
 
 LONG = command("-p", "import os", "--ignore-chat-template", "--max-tokens", "4000", "--temp", "2")

@@ -19,7 +19,8 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 
-from mlx_mtp.checkpoint.hub import drafter_names
+from mlx_mtp.checkpoint.hub import drafter_names, local_folder
+from mlx_mtp.errors import CheckpointError
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "goldens/dense"
@@ -160,6 +161,12 @@ def test_the_drafter_of_a_quantized_target_may_have_its_name_without_the_precisi
     found = ask(tmp_path, hub, "find_drafter('me/gem-4bit')", "find_drafter('me/other')")
     assert_is_copy(found[0], hub.repositories["me/gem-assistant"])
     assert found[1] is None
+
+
+@pytest.mark.parametrize("name", ["", "  "])
+def test_an_empty_name_is_not_the_working_directory(name: str) -> None:
+    with pytest.raises(CheckpointError, match="the name of a checkpoint is empty: expected a folder or a Hub name"):
+        local_folder(name)
 
 
 def test_what_the_hub_refuses_is_said_in_one_line(tmp_path: Path, hub: FakeHub) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import shutil
 from pathlib import Path
 
@@ -210,6 +211,15 @@ def test_what_the_chat_template_refuses_is_a_request_error(tmp_path: Path) -> No
     (folder / "chat_template.jinja").write_text("{{ raise_exception('roles must alternate') }}")
     with pytest.raises(RequestError, match=r"the chat template refuses this conversation .*roles must alternate"):
         Tokenizer(folder).encode_chat([{"role": "user", "content": "Hi"}])
+
+
+@pytest.mark.parametrize("text", ["Gr\udcf6\udcdfe", "\ud83e"])
+def test_what_no_utf_8_can_hold_is_a_request_error_that_shows_it(tokenizer: Tokenizer, text: str) -> None:
+    first = next(letter for letter in text if "\ud800" <= letter <= "\udfff")
+    with pytest.raises(RequestError, match=re.escape(f"holds {first!r}, which is no character")):
+        tokenizer.encode(text)
+    with pytest.raises(RequestError, match=r"which is no character .*: convert the prompt to UTF-8"):
+        tokenizer.encode_chat([{"role": "user", "content": text}])
 
 
 @pytest.mark.parametrize("broken", ["generation_config", "tokenizer"])

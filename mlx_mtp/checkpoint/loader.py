@@ -23,12 +23,15 @@ from mlx_mtp.config import DrafterConfig, QuantizationConfig, TargetConfig, Text
 from mlx_mtp.device import is_gpu
 from mlx_mtp.errors import CheckpointError, ConfigError, PairError, RequestError
 from mlx_mtp.models.drafter import Drafter
+from mlx_mtp.models.moe import ExpertLinear
 from mlx_mtp.models.target import Target
 
 DRAFT_BITS = (2, 3, 4, 5, 6, 8)
 TOKEN_ORDERING = "masked_embedding.token_ordering"
 
 C = TypeVar("C", TargetConfig, DrafterConfig)
+
+QUANTIZABLE = (nn.Linear, nn.Embedding, ExpertLinear)
 
 
 @dataclass(frozen=True)
@@ -38,10 +41,6 @@ class Weights:
     arrays: dict[str, mx.array]
     files: dict[str, Path]
     left_out: Counter[str]
-
-    @property
-    def nbytes(self) -> int:
-        return sum(array.nbytes for array in self.arrays.values())
 
 
 def default_dtype() -> mx.Dtype | None:
@@ -282,7 +281,7 @@ def _quantize_as_stored(
     overrides = {strip_prefix(path, part): value for path, value in quantization.items() if isinstance(value, Mapping)}
 
     def settings(path: str, module: nn.Module) -> bool | dict[str, Any]:
-        if path not in stored or not hasattr(module, "to_quantized"):
+        if path not in stored or not isinstance(module, QUANTIZABLE):
             return False
         chosen = _quantization(overrides.get(path, quantization), f"{folder / 'config.json'}: quantization of {path}")
         width = module.weight.shape[-1]

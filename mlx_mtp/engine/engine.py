@@ -38,12 +38,14 @@ class Event:
 
 @dataclass(frozen=True)
 class _Flight:
-    """A round that the device works on, and whose rows it has: compaction may reorder them before it is read."""
+    """What the device works on, and whose rows it has: compaction may reorder them before it is read.
+
+    num_draft_tokens is None for the first token, which a prefill draws.
+    """
 
     output: RoundOutput
     rows: tuple[Request, ...]
-    num_draft_tokens: int
-    is_round: bool = True
+    num_draft_tokens: int | None
 
 
 def read(output: RoundOutput) -> np.ndarray:
@@ -68,7 +70,7 @@ class Engine:
         with wired_memory():
             state = self._prefill(requests, on_prefill)
             packed = mx.stack([state.last_token, mx.zeros_like(state.last_token)], axis=1)
-            flight: _Flight | None = _Flight(RoundOutput(packed), tuple(requests), 0, is_round=False)
+            flight: _Flight | None = _Flight(RoundOutput(packed), tuple(requests), None)
             mx.async_eval(packed, state.hidden)
             rows = list(requests)
             while rows and flight is not None:
@@ -85,8 +87,8 @@ class Engine:
                         if rows:
                             state = state.drop_row(i, Sampler.of([row.sampling for row in rows]))
                 if flight is not None and rows:
-                    flying = flight.num_draft_tokens + 1
-                    state.cache.tighten(max(row.length - 1 for row in rows) + flying)
+                    # Committed as far as the host knows, and what the round in flight may add.
+                    state.cache.tighten(max(row.length - 1 for row in rows) + self._num_draft_tokens + 1)
 
     def _launch(self, state: DecodeState, rows: Sequence[Request]) -> tuple[DecodeState, _Flight]:
         num_draft_tokens = self._num_draft_tokens
@@ -99,9 +101,7 @@ class Engine:
         for request, row in zip(flight.rows, packed.tolist(), strict=True):
             if request.is_finished:
                 continue
-            tokens = row[: row[-1] + 1]
-            drafted = flight.num_draft_tokens if flight.is_round else None
-            yield Event(request, request.receive(tokens, drafted))
+            yield Event(request, request.receive(row[: row[-1] + 1], flight.num_draft_tokens))
 
     def _prefill(self, requests: Sequence[Request], on_prefill: Progress | None) -> DecodeState:
         text = self._target.config.text
