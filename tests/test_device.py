@@ -5,8 +5,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import mlx.core as mx
+import numpy as np
 import pytest
-from support import GOLDENS, KINDS, decode, golden_pair, new_cache
+from support import GOLDENS, KINDS, decode, golden_pair, new_cache, relative_error
 
 from mlx_mtp import ConfigError, device
 from mlx_mtp.checkpoint.loader import load_drafter, load_target, materialize
@@ -101,3 +102,17 @@ def test_the_gpu_path_of_every_twin_gives_the_same_text(monkeypatch: pytest.Monk
         target, drafter = golden_pair(kind)
         again = decode(target, drafter, [[2, 5, 9] * 12, [2, 8]], [SamplingParams(30)] * 2, 3)
         assert [request.tokens for request in again] == [request.tokens for request in requests]
+
+
+def test_small_matrices_lie_column_by_column_on_cpu_and_give_the_same_logits() -> None:
+    """A layout, not a change: shapes, values and results stay."""
+    folder = GOLDENS / "edge" / "target"
+    plain, _ = load_target(folder, mx.float32)
+    laid_out, _ = load_target(folder, mx.float32)
+    materialize(laid_out, "target", folder)
+    weight = laid_out.layers[0].mlp.down_proj.weight
+    assert mx.array_equal(weight, plain.layers[0].mlp.down_proj.weight)
+    assert np.asarray(weight).strides == (4, 4 * weight.shape[0])
+    tokens, valid = mx.array([[2, 5, 9, 200]]), mx.array([4])
+    logits = [model.logits(model(tokens, new_cache(model).stage(4, valid))) for model in (plain, laid_out)]
+    assert relative_error(*logits) <= 2e-6

@@ -12,7 +12,9 @@ from mlx_mtp.models.drafter import Drafter
 from mlx_mtp.models.target import Target
 
 WINDOWS = 5
-TOKENS = {1: 12, 3: 16, 8: 72}  # by rows in the batch: most of the tokens come from the large batch, which is cheap
+# Tokens a row, by rows in the batch: most come from the large batch, which is cheap.
+RANDOM_TOKENS = {1: 12, 3: 16, 8: 76}
+TRAINED_TOKENS = {1: 12, 3: 16, 8: 32}
 ALL_K = range(8)
 
 
@@ -31,21 +33,22 @@ def settings(temperature: float, count: int, max_tokens: int) -> list[SamplingPa
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("name", [*KINDS, "trained edge", "trained mixture"])
 def test_no_token_differs_from_plain_decoding_for_any_k_and_any_batch(name: str, temperature: float) -> None:
-    """Over all cases of this test: at least 50,000 tokens compared and 10,000 drafts rejected."""
+    """Over all its cases 52,864 tokens are compared; each case must reject its 1,000 drafts."""
     target, drafter = load(name)
     text = target.config.text
+    tokens_by_batch = RANDOM_TOKENS if name in KINDS else TRAINED_TOKENS
     prompts = random_prompts(7, 8, WINDOWS * text.window, text.vocab_size)
-    expected = plain(target, prompts, settings(temperature, 8, max(TOKENS.values())))
+    expected = plain(target, prompts, settings(temperature, 8, max(tokens_by_batch.values())))
     tally = Tally()
     for num_draft_tokens in ALL_K:
-        for batch, length in TOKENS.items():
+        for batch, length in tokens_by_batch.items():
             compare(tally, f"{name}, batch of {batch}", target, drafter, prompts[:batch],
                     settings(temperature, batch, length), [text[:length] for text in expected[:batch]],
                     num_draft_tokens)
     tally.check()
-    assert tally.tokens == len(ALL_K) * sum(batch * length for batch, length in TOKENS.items())
-    assert tally.tokens >= 50_000 / 12, "each of the 12 cases gives its share"
-    assert tally.rejected >= 10_000 / 12, "a test in which nothing is rejected proves nothing"
+    assert tally.tokens == len(ALL_K) * sum(batch * length for batch, length in tokens_by_batch.items())
+    assert tally.rejected >= 1_000, "a test in which nothing is rejected proves nothing"
+    print(f"{name}, temperature {temperature}: {tally}")
 
 
 @pytest.mark.parametrize("name", ["dense", "trained edge"])
