@@ -130,7 +130,7 @@ def load(
     context = min(max_context or text.max_context, text.max_context)
     planned = min(context, max_context or PLANNED_CONTEXT)
     weight_bytes = _nbytes(target) + (0 if drafter is None else _nbytes(drafter))
-    slack = EngineConfig().max_draft_tokens + 1
+    slack = EngineConfig().ring_slack
     memory.check_memory(text, weight_bytes, planned, slack, target.dtype, device.memory_bytes())
 
     tokenizer = Tokenizer(folder)

@@ -202,17 +202,35 @@ class EngineConfig:
     num_draft_tokens: drafts per round (K); 0 is plain decoding.
     max_draft_tokens: the largest K the cache leaves room for.
     prefill_chunk: prompt tokens per target pass.
+    max_rows: requests decoded together. max_waiting: requests that may wait for a row; more are refused.
+    planned_answer: tokens of an answer that memory is set aside for when a request is admitted; longer ones may come.
+    prefix_tokens: tokens whose K/V are kept after their request, for others that begin alike; 0 keeps none.
     """
 
     num_draft_tokens: int = 3
     max_draft_tokens: int = 7
     prefill_chunk: int = 512
+    max_rows: int = 8
+    max_waiting: int = 10_000
+    planned_answer: int = 2048
+    prefix_tokens: int = 8192
 
     def __post_init__(self) -> None:
         _check(self, "max_draft_tokens", int, lambda value: value >= 0, "a whole number of at least 0")
         _check(self, "num_draft_tokens", int, lambda value: 0 <= value <= self.max_draft_tokens,
                f"a whole number between 0 and {self.max_draft_tokens}")
-        _check(self, "prefill_chunk", int, lambda value: value >= 1, "a whole number of at least 1")
+        for name in ("prefill_chunk", "max_rows", "max_waiting", "planned_answer"):
+            _check(self, name, int, lambda value: value >= 1, "a whole number of at least 1")
+        _check(self, "prefix_tokens", int, lambda value: value >= 0, "a whole number of at least 0")
+
+    @property
+    def ring_slack(self) -> int:
+        """Slots of a sliding layer's ring beyond its window: two blocks of drafts.
+
+        One is what drafting needs. With the other, the window of a row that ended is still whole although the round
+        that was in flight then has written on.
+        """
+        return 2 * (self.max_draft_tokens + 1)
 
 
 def _check(

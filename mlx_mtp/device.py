@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 import mlx.core as mx
 
+WORKING_SPACE = 0.05  # of the device's memory: activations, logits, masks
 
 def is_gpu() -> bool:
     """Whether the default device is a GPU. A Mac has one and can still be told to use its CPU."""

@@ -6,6 +6,7 @@ MtpError
 ├── PairError               target and drafter do not belong together
 ├── MemoryBudgetError       the device cannot hold what was asked for
 └── RequestError            a prompt or a generation setting cannot be served
+    └── QueueFullError      too many requests wait already
 
 The commands print them as one line and exit with 2; anything else is a bug and shows its traceback.
 """
@@ -33,3 +34,7 @@ class MemoryBudgetError(MtpError):
 
 class RequestError(MtpError):
     """A prompt or a generation setting cannot be served."""
+
+
+class QueueFullError(RequestError):
+    """Too many requests wait already: the same one can be served later."""

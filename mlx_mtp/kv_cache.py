@@ -19,12 +19,13 @@ MLX updates a buffer in place only if nobody else holds it: the arrays given out
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
 
 from mlx_mtp.config import SLIDING, AttentionKind, TextConfig
+from mlx_mtp.kv_span import Span
 
 # Full layers are read and grown in steps, so that shapes, and with them allocations, seldom change.
 READ_STEP = 64
@@ -128,6 +129,67 @@ class KVCache:
         self._lengths = mx.where(index == last, 0, moved)  # unused rows are written too, so they must stay small
         self._rows = last
 
+    def join(self, other: KVCache) -> None:
+        """Takes all rows of `other` behind its own (one copy of them); `other` is used up by that."""
+        used, joined = self._rows, other.rows
+        self._resize_full(max(self._full_capacity, other._full_capacity))
+        missing = used + joined - self._lengths.size
+        if missing > 0:
+            self._lengths = mx.pad(self._lengths, [(0, missing)])
+            for i, buffer in self._buffers.items():
+                self._buffers[i] = mx.pad(buffer, [(0, 0), (0, missing), (0, 0), (0, 0), (0, 0)])
+        for i, buffer in self._buffers.items():
+            theirs = other._buffers[i]
+            buffer[:, used : used + joined, :, : theirs.shape[3]] = theirs[:, :joined]
+        self._lengths[used : used + joined] = other.lengths
+        self._rows = used + joined
+        self.bound = max(self.bound, other.bound)
+
+    def cut(self, row: int, start: int, stop: int, written: int) -> Span:
+        """Copies a row's committed tokens start .. stop out (waited for, so that later updates stay in place).
+
+        written: an upper bound of the positions ever written in this row. What lies a ring's capacity before that is
+        gone from the sliding layers.
+        """
+        sliding_from = min(max(start, written - self._ring), stop)
+        slots = mx.remainder(mx.arange(sliding_from, stop, dtype=mx.int32), self._ring)
+        full, sliding = {}, {}
+        for i, shape in self._shapes.items():
+            if shape.kind == SLIDING:
+                sliding[i] = mx.take(self._buffers[i][:, row : row + 1], slots, axis=3)
+            else:
+                full[i] = mx.contiguous(self._buffers[i][:, row : row + 1, :, start:stop])
+        mx.eval(*full.values(), *sliding.values())
+        return Span(start, stop, sliding_from, full, sliding)
+
+    def paste(self, spans: Sequence[Span], length: int) -> None:
+        """Fills the only row of an empty cache with its first `length` tokens.
+
+        spans: they follow each other from position 0 to `length` or beyond, the window before `length` whole.
+        """
+        assert self._rows == 1
+        assert self.bound == 0
+        assert spans[-1].start < length <= spans[-1].stop
+        self._resize_full(round_up(length, GROW_STEP))
+        newest: list[Span] = []  # as far back as the sliding layers are whole and the ring reaches
+        for span in reversed(spans):
+            newest.insert(0, span)
+            if span.sliding_from > span.start or span.start <= length - self._ring:
+                break
+        oldest = newest[0].sliding_from
+        first = max(oldest, length - self._ring)
+        slots = mx.remainder(mx.arange(first, length, dtype=mx.int32), self._ring)[None, None, None, :, None]
+        for i, shape in self._shapes.items():
+            if shape.kind == SLIDING:
+                known = mx.concatenate([span.sliding[i] for span in newest], axis=3)
+                known = known[:, :, :, first - oldest : length - oldest]
+                self._buffers[i] = mx.put_along_axis(self._buffers[i], slots, known, axis=3)
+            else:
+                known = mx.concatenate([span.full[i] for span in spans], axis=3)[:, :, :, :length]
+                self._buffers[i][:, :, :, :length] = known
+        self._lengths = mx.array([length], mx.int32)
+        self.bound = length
+
     def read(self, layer: int) -> tuple[mx.array, mx.array]:
         """Committed and staged K/V of a layer as a pass over no tokens sees them: [rows, kv heads, S, head_dim]."""
         return self._visible(layer)
@@ -147,14 +209,17 @@ class KVCache:
                              "expected at most that many, or their valid counts")
 
     def _grow(self, needed: int) -> None:
-        if needed <= self._full_capacity:
+        if needed > self._full_capacity:
+            self._resize_full(round_up(needed + needed // 4, GROW_STEP))
+
+    def _resize_full(self, capacity: int) -> None:
+        if capacity <= self._full_capacity:
             return
-        grown = round_up(needed + needed // 4, GROW_STEP)
         for i, shape in self._shapes.items():
             if shape.kind != SLIDING:
-                padding = [(0, 0), (0, 0), (0, 0), (0, grown - self._full_capacity), (0, 0)]
+                padding = [(0, 0), (0, 0), (0, 0), (0, capacity - self._full_capacity), (0, 0)]
                 self._buffers[i] = mx.pad(self._buffers[i], padding)
-        self._full_capacity = grown
+        self._full_capacity = capacity
 
     def _write(self, layer: int, slots: mx.array, new: mx.array) -> None:
         """Puts `new` [2, rows in use, kv heads, L, head_dim] at `slots` [all rows, L] of a layer, in place."""
@@ -184,6 +249,7 @@ class CacheStage:
 
     def __init__(self, cache: KVCache, num_tokens: int, valid: mx.array | None) -> None:
         self._cache, self._num_tokens = cache, num_tokens
+        self._staged: dict[int, mx.array] = {}
         lengths = cache.lengths
         self._full_slots = cache._lengths[:, None] + mx.arange(num_tokens, dtype=mx.int32)
         self.positions = self._full_slots[: cache.rows]
@@ -208,10 +274,20 @@ class CacheStage:
         """Stages K/V [rows, kv heads, L, head_dim]; returns all that the pass may attend to."""
         cache, new = self._cache, mx.stack([keys, values])
         sliding = cache._shapes[layer].kind == SLIDING
+        if not self._through_ring:
+            self._staged[layer] = new
         if sliding and not self._through_ring:
             return self._put_chunk(layer, new)
         cache._write(layer, self._ring_slots if sliding else self._full_slots, new)
         return cache._visible(layer, self._num_tokens)
+
+    def span(self, row: int, start: int, count: int) -> Span:
+        """A prefill chunk's K/V of one row: `count` tokens from position `start`, where the row stood before it."""
+        parts: dict[bool, dict[int, mx.array]] = {True: {}, False: {}}
+        for layer, new in self._staged.items():
+            piece = mx.contiguous(new[:, row : row + 1, :, :count])
+            parts[self._cache._shapes[layer].kind == SLIDING][layer] = piece
+        return Span(start, start + count, start, full=parts[False], sliding=parts[True])
 
     def _put_chunk(self, layer: int, new: mx.array) -> tuple[mx.array, mx.array]:
         """Writes the newest real tokens of a chunk into a ring; returns the old ring and the whole chunk, in a row."""

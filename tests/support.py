@@ -80,7 +80,7 @@ class ReplayContext:
 class ReplayDrafter:
     """Drafts known texts, wrong on purpose where `correct` [rows, positions] says 0; rows keep their order.
 
-    texts: [rows, positions] token ids by absolute position. Only for batches whose rows end together.
+    texts: [rows, positions] token ids by absolute position. Only for batches whose rows join in order and end together.
     """
 
     def __init__(self, texts: np.ndarray, correct: np.ndarray, vocab_size: int) -> None:
@@ -101,6 +101,6 @@ class ReplayDrafter:
     ) -> tuple[Candidates, mx.array]:
         context.steps += 1
         where = mx.minimum(context.positions + context.steps, self._drafts.shape[1] - 1)
-        token = mx.take_along_axis(self._drafts, where[:, None], axis=1)
+        token = mx.take_along_axis(self._drafts[: where.size], where[:, None], axis=1)
         logits = mx.where(mx.arange(self._vocab_size) == token, 1e4, 0.0)
         return Candidates(logits), hidden

@@ -62,7 +62,7 @@ def test_a_model_stays_in_its_dtype_from_embedding_to_logits(kind: str, dtype: m
     cache = new_cache(target)
     hidden = mx.zeros((1, 64), target.dtype)
     state = DecodeState(mx.zeros((1,), mx.int32), hidden, cache, Sampler.of([SamplingParams(temperature=1.0)]))
-    state = prefill_chunk(target, state, mx.array([[2, 7, 9, 30]]), mx.array([4]))
+    state, _ = prefill_chunk(target, state, mx.array([[2, 7, 9, 30]]), mx.array([4]))
     state = first_token(target, state)
     token = target.embed(state.last_token)
     context = drafter.context({kind: cache.read(layer) for kind, layer in target.config.text.donors.items()},

@@ -181,16 +181,16 @@ def test_every_launched_round_is_handed_to_the_device_at_once(monkeypatch: pytes
     real = mx.async_eval
     monkeypatch.setattr(mx, "async_eval", lambda *arrays: handed.append(arrays[0].shape) or real(*arrays))
     decode(target, drafter, [[2, 5, 9]], [SamplingParams(6)], num_draft_tokens=2)
-    assert handed[0] == (1, 2)
-    assert len(handed) > 2
-    assert set(handed[1:]) == {(1, 4)}
+    rounds = handed[handed.index((1, 2)) + 1 :]  # what comes after the prefill's token
+    assert len(rounds) > 1
+    assert set(rounds) == {(1, 4)}
 
 
 def rounds_at(capacity: int) -> tuple[DecodeState, object, object]:
     target, drafter = golden_pair("edge")
     cache = new_cache(target, rows=2, reserve=capacity)
     state = DecodeState(mx.zeros((2,), mx.int32), mx.zeros((2, 64)), cache, Sampler.of([SamplingParams()] * 2))
-    state = prefill_chunk(target, state, mx.full((2, 100), 7), mx.array([100, 60]))
+    state, _ = prefill_chunk(target, state, mx.full((2, 100), 7), mx.array([100, 60]))
     mx.eval(state.hidden, cache.arrays)
     return first_token(target, state), target, drafter
 

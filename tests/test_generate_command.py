@@ -204,7 +204,7 @@ def test_ctrl_c_keeps_what_came_of_each_answer(
     assert err.splitlines()[-1] == "interrupted"
 
 
-FINISHED = RequestStats(1, 1, 0, 0, 0, (), 1.0, 1.0, 1.0, 1.0, 1.0)
+FINISHED = RequestStats(1, 0, 1, 0, 0, 0, (), 1.0, 1.0, 1.0, 1.0, 1.0)
 
 
 @pytest.mark.parametrize("flag", ["--json", "--verbose"])

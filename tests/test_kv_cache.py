@@ -107,6 +107,33 @@ def walk(seed: int, slack: int, max_draft: int, rounds: int = 25) -> None:
                 names.pop()
         if generator.random() < 0.5:
             cache.tighten(max(map(len, history.rows)))
+        if len(history.names) < 5 and generator.random() < 0.2:
+            join_a_row(generator, cache, history, slack, max_draft)
+
+
+def join_a_row(generator: random.Random, cache: KVCache, history: History, slack: int, max_draft: int) -> None:
+    """A new row joins: prefilled in a cache of its own, or begun with what is cut out of a row that decodes."""
+    joining, its = KVCache(SHAPES, WINDOW, slack, 1, mx.float32), History([10 + len(history.rows) + history.version])
+    its.version = history.version
+    if generator.random() < 0.5:
+        width = generator.randint(1, 20)
+        its.stage(joining, width, [width])
+        its.commit(joining, [width], width)
+    else:
+        row = generator.randrange(len(history.rows))
+        known = history.rows[row]
+        at = generator.randint(1, len(known))
+        spans = [cache.cut(row, start, stop, len(known) + max_draft) for start, stop in ((0, at), (at, len(known)))
+                 if start < stop]
+        joining.paste(spans, len(known))
+        its.rows[0] = list(known)
+        # The drafter looks one key further than a pass goes on from: the newest token is run, never reused.
+        its.stage(joining, 1, [1])
+        its.commit(joining, [1], 1)
+    cache.join(joining)
+    history.names += its.names
+    history.rows += its.rows
+    history.version = its.version
 
 
 def walk_many(seeds: int, slack: int, max_draft: int) -> None:

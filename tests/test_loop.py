@@ -7,7 +7,7 @@ from support import KINDS, ReplayDrafter, decode, golden, golden_pair, new_cache
 
 from mlx_mtp.config import SamplingParams
 from mlx_mtp.models.drafter import Candidates
-from mlx_mtp.spec_decode.loop import DecodeState, decode_round, draft, first_token, padded_chunks, prefill_chunk
+from mlx_mtp.spec_decode.loop import DecodeState, decode_round, draft, first_token, padded, prefill_chunk
 from mlx_mtp.spec_decode.sampler import Sampler
 
 
@@ -17,8 +17,8 @@ def prefilled(kind: str, prompts: list[list[int]], sampling: list[SamplingParams
     sampler = Sampler.of(sampling or [SamplingParams()] * len(prompts))
     rows = len(prompts)
     state = DecodeState(mx.zeros((rows,), mx.int32), mx.zeros((rows, width)), new_cache(target, rows), sampler)
-    for _, tokens, valid in padded_chunks(prompts, 11):
-        state = prefill_chunk(target, state, tokens, valid)
+    for start in range(0, max(map(len, prompts)), 11):
+        state, _ = prefill_chunk(target, state, *padded([prompt[start : start + 11] for prompt in prompts]))
     return first_token(target, state)
 
 
@@ -132,8 +132,7 @@ def test_the_first_token_is_drawn_with_the_noise_of_its_own_position(temperature
         assert decode(target, None, [[*prompt, tokens[0]]], [sampling])[0].tokens[:2] == tokens[1:]
 
 
-def test_chunks_cover_ragged_prompts_and_mark_the_padding() -> None:
-    chunks = padded_chunks([[1, 2, 3, 4, 5], [6], [7, 8, 9]], 2)
-    assert [start for start, _, _ in chunks] == [0, 2, 4]
-    assert [valid.tolist() for _, _, valid in chunks] == [[2, 1, 2], [2, 0, 1], [1, 0, 0]]
-    assert chunks[1][1].tolist() == [[3, 4], [0, 0], [9, 0]]
+def test_ragged_pieces_are_padded_on_the_right_and_counted() -> None:
+    tokens, valid = padded([[3, 4], [], [9]])
+    assert tokens.tolist() == [[3, 4], [0, 0], [9, 0]]
+    assert valid.tolist() == [2, 0, 1]

@@ -5,12 +5,12 @@ from __future__ import annotations
 import mlx.core as mx
 
 from mlx_mtp.config import SLIDING, TextConfig
+from mlx_mtp.device import WORKING_SPACE
 from mlx_mtp.errors import MemoryBudgetError
 from mlx_mtp.kv_cache import layer_shapes
 
 GB = 1e9
 MIN_CONTEXT = 256  # the least that is worth advising, and the step of advice
-WORKING_SPACE = 0.05  # of the device's memory: activations, logits, masks
 
 
 def cache_bytes(config: TextConfig, context: int, slack: int, dtype: mx.Dtype) -> int:

@@ -1,18 +1,33 @@
-"""Runs requests: prefill, then rounds, with the next round handed to the device before the last one is read."""
+"""Runs requests that join and leave between rounds: a step is plan, prefill a chunk, launch a round, land the last one.
+
+The device never waits for Python: a step hands over the next round before it reads the tokens of the last one.
+
+    device   round 1 | chunk of a new prompt | round 2 | round 3 ...
+    host     step: chunk, round 2, read 1      step: round 3, read 2 ...
+
+A request that ends is known to have ended one round late: it costs one row of one round. Rows are a prefix of the
+batch: when one ends, the last one moves into its place.
+"""
 
 from __future__ import annotations
 
+import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
+from mlx.utils import tree_flatten
 
-from mlx_mtp.config import EngineConfig
-from mlx_mtp.device import wired_memory
+from mlx_mtp import device
+from mlx_mtp.config import SLIDING, EngineConfig
+from mlx_mtp.engine.prefix_cache import PrefixCache
 from mlx_mtp.engine.request import Request
-from mlx_mtp.kv_cache import KVCache, layer_shapes
+from mlx_mtp.engine.scheduler import CacheCosts, Scheduler
+from mlx_mtp.kv_cache import GROW_STEP, KVCache, layer_shapes
 from mlx_mtp.models.target import Target
 from mlx_mtp.spec_decode.loop import (
     DecodeState,
@@ -20,12 +35,14 @@ from mlx_mtp.spec_decode.loop import (
     RoundOutput,
     decode_round,
     first_token,
-    padded_chunks,
+    padded,
     prefill_chunk,
 )
 from mlx_mtp.spec_decode.sampler import Sampler
 
 Progress = Callable[[int, int], None]
+
+PREFIX_SHARE = 0.2  # of the memory beside the weights, at most, for prefixes that no row uses
 
 
 @dataclass(frozen=True)
@@ -54,73 +71,214 @@ def read(output: RoundOutput) -> np.ndarray:
 
 
 class Engine:
-    """Decodes a batch of requests to its end. `drafter` None is plain decoding, whatever K says."""
+    """Decodes up to `config.max_rows` requests together. `drafter` None is plain decoding, whatever K says.
+
+    `submit` and `abort` may be called from any thread; all else belongs to the one thread that steps.
+    """
 
     def __init__(self, target: Target, drafter: DraftModel | None, config: EngineConfig) -> None:
         self._target, self._drafter, self._config = target, drafter, config
         self._num_draft_tokens = config.num_draft_tokens if drafter is not None else 0
+        costs, prefix_bytes, memory = _budget(target, drafter, config)
+        self._prefixes = PrefixCache(target.config.text.window, prefix_bytes)
+        self._scheduler = Scheduler(config, costs, memory, self._prefixes.match)
+        self._decoding: DecodeState | None = None
+        self._prefilling: DecodeState | None = None
+        self._flights: deque[_Flight] = deque()
+        self._lock = threading.Lock()  # of the queue and of what follows
+        self._live: dict[int, Request] = {}
+        self._aborted: list[int] = []
+        self._submitted = 0
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether a step would find nothing to do."""
+        return self._scheduler.is_idle
+
+    @property
+    def active_rows(self) -> int:
+        """Requests that hold a row of the batch now."""
+        return len(self._scheduler.decoding)
+
+    def submit(self, request: Request) -> int:
+        """Queues a request and returns its id. Raises QueueFullError, or MemoryBudgetError if it could never run."""
+        with self._lock:
+            self._scheduler.submit(request)
+            request.id, self._submitted = self._submitted, self._submitted + 1
+            self._live[request.id] = request
+        request.submitted = time.perf_counter()
+        return request.id
+
+    def abort(self, request_id: int) -> bool:
+        """Ends a request wherever it is, by the next step; whether there was such a one to end."""
+        with self._lock:
+            self._aborted.append(request_id)
+            return request_id in self._live
+
+    def step(self) -> list[Event]:
+        """Runs at most one prefill chunk and one round. Returns the tokens of the round before, and who was aborted.
+
+        A request whose finish_reason the caller sets (a stop string) leaves at the next step.
+        """
+        events = self._abort()
+        self._compact()
+        with self._lock:
+            plan = self._scheduler.plan()
+        if plan.prefill:
+            self._run_chunk(plan.prefill)
+        is_launched = self._launch()
+        while len(self._flights) > is_launched:
+            events += self._land(self._flights.popleft())
+        return events
 
     def run(self, requests: Sequence[Request], on_prefill: Progress | None = None) -> Iterator[Event]:
-        """Yields events as tokens come. A request whose finish_reason the caller sets leaves at the next round.
+        """Submits requests, as many as the queue takes at a time, and steps until they are finished.
 
+        Yields their events as tokens come. A caller that stops early aborts the rest.
         on_prefill(done, total) is told of prompt tokens run, a chunk at a time.
         """
         for request in requests:
-            request.submitted = time.perf_counter()
-        with wired_memory():
-            state = self._prefill(requests, on_prefill)
-            packed = mx.stack([state.last_token, mx.zeros_like(state.last_token)], axis=1)
-            flight: _Flight | None = _Flight(RoundOutput(packed), tuple(requests), None)
-            mx.async_eval(packed, state.hidden)
-            rows = list(requests)
-            while rows and flight is not None:
-                in_flight = flight
-                if all(len(row.tokens) + 1 >= row.most_tokens for row in rows):
-                    flight = None  # what is in flight fills every row: another round would be thrown away
-                else:
-                    state, flight = self._launch(state, rows)
-                yield from self._land(in_flight)
-                for i in reversed(range(len(rows))):
-                    if rows[i].is_finished:
-                        rows[i] = rows[-1]
-                        rows.pop()
-                        if rows:
-                            state = state.drop_row(i, Sampler.of([row.sampling for row in rows]))
-                if flight is not None and rows:
-                    # Committed as far as the host knows, and what the round in flight may add.
-                    state.cache.tighten(max(row.length - 1 for row in rows) + self._num_draft_tokens + 1)
+            self._scheduler.check(request)
+        upcoming, mine = deque(requests), set(requests)
+        total, told = sum(len(request.prompt) for request in requests), 0
+        try:
+            with device.wired_memory():
+                while mine:
+                    while upcoming and self._scheduler.has_room:
+                        self.submit(upcoming.popleft())
+                    for event in self.step():
+                        if event.request in mine:
+                            yield event
+                    done = sum(request.prefilled for request in requests)
+                    if on_prefill is not None and done != told:
+                        on_prefill(done, total)
+                    told = done
+                    mine = {request for request in mine if not request.is_finished}
+        finally:
+            for request in mine:
+                self.abort(request.id)
 
-    def _launch(self, state: DecodeState, rows: Sequence[Request]) -> tuple[DecodeState, _Flight]:
-        num_draft_tokens = self._num_draft_tokens
-        state, output = decode_round(self._target, self._drafter, state, num_draft_tokens)
-        mx.async_eval(output.packed, state.last_token, state.hidden, state.cache.lengths)
-        return state, _Flight(output, tuple(rows), num_draft_tokens)
+    def _abort(self) -> list[Event]:
+        with self._lock:
+            gone = [self._live[i] for i in self._aborted if i in self._live]
+            self._aborted.clear()
+            for request in gone:
+                request.finish_reason = request.finish_reason or "aborted"
+            self._scheduler.drop_waiting()
+            self._live = {i: request for i, request in self._live.items() if not request.is_finished}
+        return [Event(request, []) for request in gone]
 
-    def _land(self, flight: _Flight) -> Iterator[Event]:
-        packed = read(flight.output)
-        for request, row in zip(flight.rows, packed.tolist(), strict=True):
-            if request.is_finished:
+    def _compact(self) -> None:
+        """Frees the rows of finished requests, and lowers the cache's bound to what the host knows."""
+        if self._scheduler.drop_prefilling():
+            self._prefilling = None
+        rows = self._scheduler.decoding
+        for i in reversed(range(len(rows))):
+            if not rows[i].is_finished:
                 continue
-            yield Event(request, request.receive(row[: row[-1] + 1], flight.num_draft_tokens))
+            assert self._decoding is not None
+            if rows[i].keep_answer:
+                self._keep_answer(i)
+            self._scheduler.drop_row(i)
+            if rows:
+                self._decoding = self._decoding.drop_row(i, Sampler.of([row.sampling for row in rows]))
+        if not rows:
+            self._decoding = None
+            self._flights.clear()
+        elif self._decoding is not None:
+            most = max(row.length - 1 for row in rows)
+            self._decoding.cache.tighten(most + (self._num_draft_tokens + 1) * len(self._flights))
 
-    def _prefill(self, requests: Sequence[Request], on_prefill: Progress | None) -> DecodeState:
+    def _keep_answer(self, row: int) -> None:
+        assert self._decoding is not None
+        request = self._scheduler.decoding[row]
+        tokens = [*request.prompt, *request.tokens]
+        start, stop = len(request.prompt), len(tokens) - 1  # the newest token's K/V may not be there
+        if stop > start:
+            written = request.committed + self._num_draft_tokens + 1
+            self._prefixes.insert(tokens, self._decoding.cache.cut(row, start, stop, written))
+
+    def _run_chunk(self, requests: Sequence[Request]) -> None:
+        """Hands over the next chunk of these prompts, and with their last one their first tokens."""
+        if self._prefilling is None:
+            self._prefilling = self._begin(requests)
+        size = self._config.prefill_chunk
+        pieces = [request.prompt[request.prefilled : request.prefilled + size] for request in requests]
+        state, stage = prefill_chunk(self._target, self._prefilling, *padded(pieces))
+        mx.async_eval(state.hidden, *state.cache.arrays)
+        for row, (request, piece) in enumerate(zip(requests, pieces, strict=True)):
+            if self._config.prefix_tokens:
+                self._prefixes.insert(request.prompt, stage.span(row, request.prefilled, len(piece)))
+            request.prefilled += len(piece)
+        state.cache.tighten(max(request.prefilled for request in requests))
+        if self._decoding is None:
+            mx.eval(state.hidden)  # no round is read that would keep the host from running ahead
+        self._prefilling = state
+        if all(request.prefilled == len(request.prompt) for request in requests):
+            self._join(first_token(self._target, state))
+
+    def _begin(self, requests: Sequence[Request]) -> DecodeState:
         text = self._target.config.text
-        prompts = [request.prompt for request in requests]
-        slack = self._config.max_draft_tokens + 1
-        reserve = max(len(prompt) for prompt in prompts) + slack
-        cache = KVCache(layer_shapes(text), text.window, slack, len(prompts), self._target.dtype, reserve)
-        state = DecodeState(
-            last_token=mx.zeros((len(prompts),), mx.int32),
-            hidden=mx.zeros((len(prompts), text.hidden_size), self._target.dtype),
+        longest = max(len(request.prompt) for request in requests)
+        slack = self._config.ring_slack
+        cache = KVCache(layer_shapes(text), text.window, slack, len(requests), self._target.dtype, longest + slack)
+        if requests[0].reused:
+            assert len(requests) == 1
+            reused, spans = self._prefixes.take(requests[0].prompt)
+            assert reused == requests[0].reused
+            cache.paste(spans, reused)
+        for request in requests:
+            request.prefill_began_at = time.perf_counter()
+        return DecodeState(
+            last_token=mx.zeros((len(requests),), mx.int32),
+            hidden=mx.zeros((len(requests), text.hidden_size), self._target.dtype),
             cache=cache,
             sampler=Sampler.of([request.sampling for request in requests]),
         )
-        total, done = sum(len(prompt) for prompt in prompts), 0
-        for start, tokens, valid in padded_chunks(prompts, self._config.prefill_chunk):
-            state = prefill_chunk(self._target, state, tokens, valid)
-            mx.eval(state.hidden, *cache.arrays)
-            done += sum(min(max(len(prompt) - start, 0), tokens.shape[1]) for prompt in prompts)
-            if on_prefill is not None:
-                on_prefill(done, total)
-        cache.tighten(max(len(prompt) for prompt in prompts))
-        return first_token(self._target, state)
+
+    def _join(self, state: DecodeState) -> None:
+        """Adds prefilled rows, whose first tokens are drawn, to those that decode."""
+        requests = tuple(self._scheduler.prefilling)
+        packed = mx.stack([state.last_token, mx.zeros_like(state.last_token)], axis=1)
+        self._scheduler.prefilled()
+        if self._decoding is None:
+            self._decoding = state
+        else:
+            sampler = Sampler.of([row.sampling for row in self._scheduler.decoding])
+            self._decoding = self._decoding.join(state, sampler)
+        self._prefilling = None
+        mx.async_eval(packed, self._decoding.last_token, self._decoding.hidden, *self._decoding.cache.arrays)
+        self._flights.append(_Flight(RoundOutput(packed), requests, None))
+
+    def _launch(self) -> bool:
+        """Hands the next round to the device, unless what is in flight fills every row anyway."""
+        rows = self._scheduler.decoding
+        if self._decoding is None or (self._flights and all(len(row.tokens) + 1 >= row.most_tokens for row in rows)):
+            return False
+        state, output = decode_round(self._target, self._drafter, self._decoding, self._num_draft_tokens)
+        mx.async_eval(output.packed, state.last_token, state.hidden, state.cache.lengths)
+        self._decoding = state
+        self._flights.append(_Flight(output, tuple(rows), self._num_draft_tokens))
+        return True
+
+    def _land(self, flight: _Flight) -> list[Event]:
+        packed = read(flight.output)
+        return [
+            Event(request, request.receive(row[: row[-1] + 1], flight.num_draft_tokens))
+            for request, row in zip(flight.rows, packed.tolist(), strict=True) if not request.is_finished
+        ]
+
+
+def _budget(target: Target, drafter: DraftModel | None, config: EngineConfig) -> tuple[CacheCosts, int, int]:
+    """What rows cost, the bytes that kept prefixes may take, and those that rows may take."""
+    text, size = target.config.text, target.dtype.size
+    shapes = layer_shapes(text).values()
+    sliding = sum(shape.numbers_per_position * size for shape in shapes if shape.kind == SLIDING)
+    full = sum(shape.numbers_per_position * size for shape in shapes if shape.kind != SLIDING)
+    slack = config.ring_slack
+    costs = CacheCosts(sliding * (text.window + slack), full, GROW_STEP, slack)
+    models = [model for model in (target, drafter) if isinstance(model, nn.Module)]
+    weights = sum(array.nbytes for model in models for _, array in tree_flatten(model.parameters()))
+    room = int(device.memory_bytes() * (1 - device.WORKING_SPACE)) - weights
+    prefix_bytes = min(config.prefix_tokens * (sliding + full), int(room * PREFIX_SHARE))
+    return costs, max(prefix_bytes, 0), room - max(prefix_bytes, 0)

@@ -11,20 +11,23 @@ from mlx_mtp.config import SamplingParams
 from mlx_mtp.errors import RequestError
 
 FinishReason = Literal["stop", "length", "aborted"]
+State = Literal["waiting", "prefilling", "decoding", "finished"]
 
 
 @dataclass(frozen=True)
 class RequestStats:
     """What a request cost and what drafting gave it.
 
+    reused_tokens: of the prompt, those that were not run because an earlier one began alike.
     rounds: target passes after the prefill. drafted, accepted: draft tokens proposed, and those that became text (what
     comes after a stop does not count). accepted_at[i]: rounds in which at least i + 1 drafts did.
-    mean_acceptance_length: tokens a round, 1 + accepted / rounds. prompt_tps, generation_tps: tokens/s of prefill and
-    of decoding after the first token. ttft: seconds from submission to the first token. peak_memory: GB that MLX held
-    at most since the generation began.
+    mean_acceptance_length: tokens a round, 1 + accepted / rounds. prompt_tps, generation_tps: tokens/s of the
+    prefill (what was reused not counted) and of decoding after the first token. ttft: seconds from submission to the
+    first token. peak_memory: GB that MLX held at most since the generation began.
     """
 
     prompt_tokens: int
+    reused_tokens: int
     generation_tokens: int
     rounds: int
     drafted: int
@@ -37,24 +40,31 @@ class RequestStats:
     peak_memory: float
 
 
-@dataclass
+@dataclass(eq=False)
 class Request:
     """A prompt on its way to a text: what was asked for, what has come, and when.
 
     stop_tokens end the request and are not part of its tokens; max_tokens may be lowered to what the context holds.
+    keep_answer: the K/V of the answer stay for a prompt that goes on from it (a chat's next turn).
     """
 
     prompt: Sequence[int]
     sampling: SamplingParams
     stop_tokens: frozenset[int]
     max_context: int
+    keep_answer: bool = False
+    id: int = -1  # the engine's, once it is submitted
     tokens: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
+    reused: int = 0  # tokens of the prompt whose K/V were there already
+    prefilled: int = 0  # tokens of the prompt that are in the cache, or on their way into it
+    committed: int = 0  # tokens in the cache as far as the host has read, those after a stop included
     rounds: int = 0
     drafted: int = 0
     accepted_counts: list[int] = field(default_factory=list)
     last_taken: int = 0
     submitted: float = field(default_factory=time.perf_counter)
+    prefill_began_at: float = 0.0
     first_token_at: float = 0.0
     last_token_at: float = 0.0
 
@@ -68,6 +78,14 @@ class Request:
     @property
     def is_finished(self) -> bool:
         return self.finish_reason is not None
+
+    @property
+    def state(self) -> State:
+        if self.is_finished:
+            return "finished"
+        if self.tokens or self.prefilled == len(self.prompt):
+            return "decoding"
+        return "prefilling" if self.prefilled > self.reused else "waiting"
 
     @property
     def most_tokens(self) -> int:
@@ -87,6 +105,7 @@ class Request:
         self.last_token_at = time.perf_counter()
         if not self.tokens:
             self.first_token_at = self.last_token_at
+        self.committed += len(tokens) if drafted is not None else len(self.prompt)
         for token in tokens:
             if token in self.stop_tokens:
                 self.finish_reason = "stop"
@@ -116,16 +135,18 @@ class Request:
         accepted = sum(self.accepted_counts)
         longest = max(self.accepted_counts, default=0)
         ttft = self.first_token_at - self.submitted
+        prefill = self.first_token_at - self.prefill_began_at
         decoding = self.last_token_at - self.first_token_at
         return RequestStats(
             prompt_tokens=len(self.prompt),
+            reused_tokens=self.reused,
             generation_tokens=len(self.tokens),
             rounds=self.rounds,
             drafted=self.drafted,
             accepted=accepted,
             accepted_at=tuple(sum(count > i for count in self.accepted_counts) for i in range(longest)),
             mean_acceptance_length=1 + accepted / self.rounds if self.rounds else 1.0,
-            prompt_tps=len(self.prompt) / ttft if ttft > 0 else 0.0,
+            prompt_tps=(len(self.prompt) - self.reused) / prefill if prefill > 0 else 0.0,
             generation_tps=(len(self.tokens) - 1) / decoding if decoding > 0 and self.tokens else 0.0,
             ttft=ttft,
             peak_memory=peak_memory,

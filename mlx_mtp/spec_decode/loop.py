@@ -16,7 +16,7 @@ from typing import Protocol
 import mlx.core as mx
 
 from mlx_mtp.config import AttentionKind
-from mlx_mtp.kv_cache import KVCache
+from mlx_mtp.kv_cache import CacheStage, KVCache
 from mlx_mtp.models.drafter import Candidates, Context
 from mlx_mtp.models.target import Target
 from mlx_mtp.spec_decode.sampler import Sampler
@@ -50,6 +50,16 @@ class DecodeState:
     cache: KVCache
     sampler: Sampler
 
+    def join(self, other: DecodeState, sampler: Sampler) -> DecodeState:
+        """Puts the rows of `other` behind these; it is used up by that. `sampler` is that of all rows."""
+        self.cache.join(other.cache)
+        return replace(
+            self,
+            last_token=mx.concatenate([self.last_token, other.last_token]),
+            hidden=mx.concatenate([self.hidden, other.hidden]),
+            sampler=sampler,
+        )
+
     def drop_row(self, row: int, sampler: Sampler) -> DecodeState:
         """Ends a row: the last one moves into its place. `sampler` is that of the rows that remain."""
         self.cache.drop_row(row)
@@ -68,8 +78,10 @@ class RoundOutput:
     packed: mx.array
 
 
-def prefill_chunk(target: Target, state: DecodeState, tokens: mx.array, valid: mx.array) -> DecodeState:
-    """Runs one chunk of every row's prompt and commits it.
+def prefill_chunk(
+    target: Target, state: DecodeState, tokens: mx.array, valid: mx.array
+) -> tuple[DecodeState, CacheStage]:
+    """Runs one chunk of every row's prompt and commits it; also returns its stage, which holds the chunk's K/V.
 
     tokens: [B, L] int32, rows padded on the right; valid: [B] int32, how many are real. `hidden` of a row that has
     real tokens in this chunk becomes the one at the last of them.
@@ -77,7 +89,7 @@ def prefill_chunk(target: Target, state: DecodeState, tokens: mx.array, valid: m
     stage = state.cache.stage(tokens.shape[1], valid)
     last = target(tokens, stage, keep=mx.maximum(valid - 1, 0))[:, 0]
     state.cache.commit(valid, tokens.shape[1])
-    return replace(state, hidden=mx.where((valid > 0)[:, None], last, state.hidden))
+    return replace(state, hidden=mx.where((valid > 0)[:, None], last, state.hidden)), stage
 
 
 def first_token(target: Target, state: DecodeState) -> DecodeState:
@@ -143,13 +155,8 @@ def choose_draft(sampler: Sampler, candidates: Candidates, noise: mx.array | Non
     return choice[:, 0]
 
 
-def padded_chunks(prompts: Sequence[Sequence[int]], chunk: int) -> list[tuple[int, mx.array, mx.array]]:
-    """Cuts prompts of any lengths into chunks for `prefill_chunk`: (start, tokens [B, L <= chunk], valid [B])."""
-    longest = max(len(prompt) for prompt in prompts)
-    chunks = []
-    for start in range(0, longest, chunk):
-        width = min(chunk, longest - start)
-        pieces = [list(prompt[start : start + width]) for prompt in prompts]
-        tokens = [piece + [0] * (width - len(piece)) for piece in pieces]
-        chunks.append((start, mx.array(tokens, mx.int32), mx.array([len(piece) for piece in pieces], mx.int32)))
-    return chunks
+def padded(pieces: Sequence[Sequence[int]]) -> tuple[mx.array, mx.array]:
+    """Token lists of any lengths as a chunk for `prefill_chunk`: (tokens [B, L], valid [B])."""
+    longest = max(len(piece) for piece in pieces)
+    tokens = [[*piece, *[0] * (longest - len(piece))] for piece in pieces]
+    return mx.array(tokens, mx.int32), mx.array([len(piece) for piece in pieces], mx.int32)

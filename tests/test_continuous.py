@@ -1,0 +1,193 @@
+"""Requests that come and go: each gets the text it would get alone, and nothing of what it leaves behind is wrong."""
+
+from __future__ import annotations
+
+import random
+import threading
+
+import pytest
+from lossless import EXCUSABLE_GAP, margin
+from mlx.utils import tree_flatten
+from support import decode, golden_pair, random_prompts
+
+from mlx_mtp import device
+from mlx_mtp.config import EngineConfig, SamplingParams
+from mlx_mtp.engine.engine import Engine
+from mlx_mtp.engine.request import Request
+from mlx_mtp.errors import MemoryBudgetError, QueueFullError
+
+VOCABULARY = 256
+
+
+def any_settings(generator: random.Random, longest: int = 40) -> SamplingParams:
+    return SamplingParams(
+        max_tokens=generator.randint(1, longest), temperature=generator.choice([0.0, 0.0, 0.7, 1.0]),
+        top_k=generator.choice([0, 20]), top_p=generator.choice([1.0, 0.9]), seed=generator.randrange(1000),
+    )
+
+
+def drain(engine: Engine, most_steps: int = 2000) -> None:
+    for _ in range(most_steps):
+        if engine.is_idle:
+            return
+        engine.step()
+    raise AssertionError("the engine does not come to an end")
+
+
+def assert_as_alone(kind: str, requests: list[Request]) -> None:
+    """Every finished request has the text of plain decoding alone; an aborted one a beginning of it."""
+    target, _ = golden_pair(kind)
+    for request in requests:
+        text = decode(target, None, [request.prompt], [request.sampling], 0, request.stop_tokens)[0]
+        expected = text.tokens[: len(request.tokens)] if request.finish_reason == "aborted" else text.tokens
+        if request.tokens != expected:
+            assert margin(target, request, text.tokens) <= EXCUSABLE_GAP
+        elif request.finish_reason != "aborted":
+            assert request.finish_reason == text.finish_reason
+
+
+@pytest.mark.parametrize("kind", ["edge", "mixture", "unified"])
+@pytest.mark.parametrize("seed", range(2))
+def test_requests_that_arrive_and_leave_at_random_get_the_text_they_get_alone(kind: str, seed: int) -> None:
+    """Lengths of 1 to 6 windows, shared beginnings, small chunks, aborts in every state, answers gone on from."""
+    target, drafter = golden_pair(kind)
+    generator = random.Random(seed)
+    window = target.config.text.window
+    config = EngineConfig(num_draft_tokens=3, prefill_chunk=24, max_rows=generator.choice([3, 8]))
+    engine = Engine(target, drafter, config)
+    system = random_prompts(50, 1, 1, VOCABULARY)[0] + [generator.randrange(3, VOCABULARY) for _ in range(3 * window)]
+    upcoming = []
+    for prompt in random_prompts(seed, 24, 6 * window, VOCABULARY):
+        begins = system[: generator.randint(1, len(system))] if generator.random() < 0.5 else []
+        upcoming.append(Request(begins + prompt, any_settings(generator), frozenset([7]), 4096,
+                                keep_answer=generator.random() < 0.5))
+    requests, states = [], set()
+    while upcoming or not engine.is_idle:
+        while upcoming and generator.random() < 0.4:
+            requests.append(upcoming.pop())
+            engine.submit(requests[-1])
+        for event in engine.step():
+            request = event.request
+            if request.finish_reason == "length" and request.keep_answer and len(requests) < 30:
+                follow_up = [*request.prompt, *request.tokens, *random_prompts(len(requests), 1, 9, VOCABULARY)[0]]
+                upcoming.append(Request(follow_up, any_settings(generator), frozenset([7]), 4096))
+        states |= {request.state for request in requests}
+        if generator.random() < 0.08 and requests:
+            engine.abort(generator.choice(requests).id)
+    assert states == {"waiting", "prefilling", "decoding", "finished"}
+    assert any(request.reused > 0 for request in requests)
+    assert_as_alone(kind, requests)
+
+
+def test_an_answer_that_was_kept_is_gone_on_from_with_the_same_text() -> None:
+    """The next turn of a chat runs its new tokens only, although a round was in flight when the answer ended."""
+    target, drafter = golden_pair("dense")
+    engine = Engine(target, drafter, EngineConfig(num_draft_tokens=7))
+    first = Request(random_prompts(3, 1, 1, VOCABULARY)[0] * 50, SamplingParams(60), frozenset(), 4096, True)
+    engine.submit(first)
+    drain(engine)
+    second = Request([*first.prompt, *first.tokens, 9, 8, 7], SamplingParams(30, 1.0, seed=5), frozenset(), 4096)
+    engine.submit(second)
+    drain(engine)
+    assert second.reused == len(first.prompt) + len(first.tokens) - 1
+    assert_as_alone("dense", [first, second])
+
+
+def test_a_shared_beginning_is_run_once() -> None:
+    target, drafter = golden_pair("edge")
+    engine = Engine(target, drafter, EngineConfig(prefill_chunk=64))
+    system = random_prompts(1, 1, 1, VOCABULARY)[0] * 150
+    requests = [Request([*system, *tail], SamplingParams(20), frozenset(), 4096) for tail in
+                ([5] * 30, [6] * 50, [5] * 10 + [4] * 10)]
+    for request in requests:
+        engine.submit(request)
+        drain(engine)
+    assert [request.reused for request in requests] == [0, 150, 160]
+    assert_as_alone("edge", requests)
+
+
+@pytest.mark.parametrize("state", ["waiting", "prefilling", "decoding"])
+def test_abort_frees_a_request_in_any_state_within_a_round(state: str) -> None:
+    target, drafter = golden_pair("dense")
+    engine = Engine(target, drafter, EngineConfig(prefill_chunk=8, max_rows=1))
+    if state == "waiting":
+        engine.submit(Request([2, 3], SamplingParams(1000), frozenset(), 4096))
+        engine.step()
+    request = Request([2] * (30 if state == "prefilling" else 5), SamplingParams(1000), frozenset(), 4096)
+    engine.submit(request)
+    engine.step()
+    if state == "decoding":
+        engine.step()
+    assert request.state == state
+    assert engine.abort(request.id)
+    events = engine.step()
+    assert [event.request for event in events if event.request.is_finished] == [request]
+    assert request.finish_reason == "aborted"
+    assert not engine.abort(request.id)
+    assert engine.active_rows == (1 if state == "waiting" else 0)
+
+
+def test_a_long_prompt_holds_running_rows_up_by_one_chunk_a_round() -> None:
+    target, drafter = golden_pair("dense")
+    engine = Engine(target, drafter, EngineConfig(prefill_chunk=16, num_draft_tokens=0))
+    running = Request([2, 3, 4], SamplingParams(200), frozenset(), 4096)
+    engine.submit(running)
+    for _ in range(3):
+        engine.step()
+    long = Request([2] * 160, SamplingParams(5), frozenset(), 4096)
+    engine.submit(long)
+    before = len(running.tokens)
+    steps = 0
+    while not long.tokens:
+        engine.step()
+        steps += 1
+    assert steps == 10
+    assert len(running.tokens) == before + 10
+
+
+def test_requests_are_taken_from_any_thread_and_a_full_queue_says_so() -> None:
+    target, drafter = golden_pair("dense")
+    engine = Engine(target, drafter, EngineConfig(max_waiting=20))
+    requests = [Request([2, 3 + i], SamplingParams(5), frozenset(), 4096) for i in range(40)]
+    accepted: list[Request] = []
+    refused: list[Request] = []
+
+    def submit(mine: list[Request]) -> None:
+        for request in mine:
+            try:
+                engine.submit(request)
+                accepted.append(request)
+            except QueueFullError:
+                refused.append(request)
+
+    threads = [threading.Thread(target=submit, args=(requests[i::4],)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (len(accepted), len(refused)) == (20, 20)
+    assert len({request.id for request in accepted}) == 20
+    drain(engine)
+    assert all(len(request.tokens) == 5 for request in accepted)
+
+
+def test_a_caller_who_has_enough_leaves_nothing_behind() -> None:
+    target, drafter = golden_pair("dense")
+    engine = Engine(target, drafter, EngineConfig(max_rows=2, max_waiting=3))
+    requests = [Request([2, 3 + i], SamplingParams(50), frozenset(), 4096) for i in range(6)]
+    for event in engine.run(requests):
+        if len(event.request.tokens) > 5:
+            break
+    assert not engine.is_idle
+    engine.step()
+    assert engine.is_idle
+
+
+def test_what_the_device_could_never_hold_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    target, drafter = golden_pair("dense")
+    weights = sum(array.nbytes for model in (target, drafter) for _, array in tree_flatten(model.parameters()))
+    monkeypatch.setattr(device, "memory_bytes", lambda: int((weights + 3_000_000) / 0.95))
+    engine = Engine(target, drafter, EngineConfig())
+    engine.submit(Request([2] * 100, SamplingParams(100), frozenset(), 100_000))
+    with pytest.raises(MemoryBudgetError, match="max_tokens"):
+        engine.submit(Request([2] * 30_000, SamplingParams(100), frozenset(), 100_000))
