@@ -9,7 +9,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from mlx_mtp.checkpoint.loader import load_drafter, load_target
+from mlx_mtp.checkpoint.loader import load_drafter, load_target, materialize
 from mlx_mtp.config import AttentionKind, EngineConfig, SamplingParams
 from mlx_mtp.engine.engine import Engine
 from mlx_mtp.engine.request import Request
@@ -24,8 +24,12 @@ KINDS = ("dense", "mixture", "edge", "unified")
 
 @functools.cache
 def golden_pair(kind: str) -> tuple[Target, Drafter]:
-    target, _ = load_target(GOLDENS / kind / "target", mx.float32)
-    return target, load_drafter(GOLDENS / kind / "assistant", mx.float32)
+    folder = GOLDENS / kind
+    target, _ = load_target(folder / "target", mx.float32)
+    drafter = load_drafter(folder / "assistant", mx.float32)
+    materialize(target, "target", folder)  # lays the weights out as a user's are
+    materialize(drafter, "drafter", folder)
+    return target, drafter
 
 
 @functools.cache

@@ -1,137 +1,21 @@
-"""Names become folders through the real Hub client, against a small server of our own that speaks the Hub's protocol.
-
-The client reads its endpoint and its cache folder when it is imported, so each case runs in a process of its own.
-"""
+"""Names become folders through the real Hub client, against a server of our own that speaks the Hub's protocol."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-import shutil
-import subprocess
-import sys
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
 
 import pytest
+from fake_hub import FakeHub, ask, assert_is_copy, serving
 
 from mlx_mtp.checkpoint.hub import drafter_names, local_folder
 from mlx_mtp.errors import CheckpointError
 
-ROOT = Path(__file__).parent.parent
-GOLDEN = Path(__file__).parent / "goldens/dense"
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
-
-
-class FakeHub:
-    """Serves folders as repositories. `refusals`: repository -> (status, X-Error-Code) instead of content."""
-
-    def __init__(self) -> None:
-        self.repositories: dict[str, Path] = {}
-        self.refusals: dict[str, tuple[int, str]] = {}
-        self.breaks_off = False
-        self.requests: list[str] = []
-        hub = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                hub.requests.append(f"{self.command} {self.path}")
-                hub.answer(self)
-
-            do_HEAD = do_GET  # noqa: N815
-
-            def log_message(self, *_: object) -> None: ...
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.address = f"http://127.0.0.1:{self.server.server_address[1]}"
-
-    def answer(self, handler: BaseHTTPRequestHandler) -> None:
-        parts = unquote(urlsplit(handler.path).path).strip("/").split("/")
-        is_api = parts[:2] == ["api", "models"]
-        owner_name, rest = "/".join(parts[2:4] if is_api else parts[:2]), parts[4:] if is_api else parts[2:]
-        if owner_name in self.refusals:
-            status, code = self.refusals[owner_name]
-            send(handler, status, b"{}", {"X-Error-Code": code, "X-Error-Message": "refused"})
-        elif owner_name not in self.repositories:
-            send(handler, 404, b"{}", {"X-Error-Code": "RepoNotFound"})
-        elif is_api and rest[:1] == ["tree"]:
-            listing = [
-                {"type": "file", "path": file.name, "size": file.stat().st_size, "oid": etag(file)}
-                for file in sorted(self.repositories[owner_name].iterdir())
-            ]
-            send(handler, 200, json.dumps(listing).encode())
-        elif is_api:
-            siblings = [{"rfilename": file.name} for file in sorted(self.repositories[owner_name].iterdir())]
-            send(handler, 200, json.dumps({"id": owner_name, "sha": COMMIT, "siblings": siblings}).encode())
-        else:
-            file = self.repositories[owner_name] / rest[-1]
-            send(handler, 200, file.read_bytes(), {"ETag": f'"{etag(file)}"', "X-Repo-Commit": COMMIT},
-                 breaks_off=self.breaks_off)
-
-
-def etag(file: Path) -> str:
-    return hashlib.sha1(file.read_bytes()).hexdigest()
-
-
-def send(
-    handler: BaseHTTPRequestHandler, status: int, body: bytes, headers: dict[str, str] | None = None,
-    breaks_off: bool = False,
-) -> None:
-    handler.send_response(status)
-    for key, value in {"Content-Type": "application/json", "Content-Length": str(len(body)), **(headers or {})}.items():
-        handler.send_header(key, value)
-    handler.end_headers()
-    if handler.command == "GET":
-        handler.wfile.write(body[: len(body) // 2] if breaks_off else body)
-
 
 @pytest.fixture
 def hub(tmp_path: Path) -> Iterator[FakeHub]:
-    fake = FakeHub()
-    for name, source in {"me/gem": GOLDEN / "target", "me/gem-assistant": GOLDEN / "assistant"}.items():
-        fake.repositories[name] = Path(shutil.copytree(source, tmp_path / "served" / name))
-    (fake.repositories["me/gem"] / "pytorch_model.bin").write_bytes(b"never fetched")
-    thread = threading.Thread(target=fake.server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield fake
-    fake.server.shutdown()
-    fake.server.server_close()
-    thread.join()
-
-
-def ask(tmp_path: Path, hub: FakeHub, *expressions: str, **environment: str) -> list[str | None]:
-    """Evaluates expressions in a new process whose Hub is `hub`; an error counts by its text."""
-    code = (
-        "import json, sys, time\n"
-        "time.sleep = lambda seconds: None  # between the client's attempts\n"
-        "from mlx_mtp.checkpoint.hub import find_drafter, local_folder\n"
-        "from mlx_mtp.errors import CheckpointError\n"
-        "answers = []\n"
-        "for expression in sys.argv[1:]:\n"
-        "    try:\n"
-        "        answer = eval(expression)\n"
-        "    except CheckpointError as error:\n"
-        "        answer = f'CheckpointError: {error}'\n"
-        "    answers.append(answer and str(answer))\n"
-        "print(json.dumps(answers))\n"
-    )
-    settings = {"HF_ENDPOINT": hub.address, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1",
-                "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": "0", **environment}
-    clean = {key: value for key, value in os.environ.items() if "TOKEN" not in key and "proxy" not in key.lower()}
-    done = subprocess.run([sys.executable, "-c", code, *expressions], cwd=ROOT, env=clean | settings, timeout=60,
-                          capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return list(json.loads(done.stdout))
-
-
-def assert_is_copy(folder: str | None, source: Path, *missing: str) -> None:
-    assert folder is not None
-    found = {file.name: file.read_bytes() for file in Path(folder).iterdir()}
-    assert found == {file.name: file.read_bytes() for file in source.iterdir() if file.name not in missing}
+    with serving(tmp_path / "served") as fake:
+        yield fake
 
 
 def test_a_name_is_downloaded_once_and_then_found_without_network(tmp_path: Path, hub: FakeHub) -> None:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import logging
 import os
 import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from mlx_mtp.errors import CheckpointError
@@ -15,6 +20,10 @@ PRECISION_SUFFIX = re.compile(r"[-_](\d+bit|bf16|fp16|mxfp4|mxfp8|nvfp4)$", re.I
 
 class NotThereError(CheckpointError):
     """Neither a folder nor anything on the Hub that can be reached has this name."""
+
+
+class UnreachableError(NotThereError):
+    """The Hub cannot be asked, and its cache does not have it."""
 
 
 def local_folder(name: str | Path, revision: str | None = None) -> Path:
@@ -38,10 +47,42 @@ def local_folder(name: str | Path, revision: str | None = None) -> Path:
 
 def _download(name: str, revision: str | None) -> Path:
     # Imported here, since local checkpoints need neither its time nor its dependencies.
-    from huggingface_hub import errors, snapshot_download
+    from huggingface_hub import snapshot_download
+
+    with client_errors(name, revision), quiet_client():
+        return Path(snapshot_download(name, revision=revision, allow_patterns=WANTED_FILES))
+
+
+@contextmanager
+def quiet_client(show_bars: bool = True) -> Iterator[None]:
+    """Keeps the client's log lines from between our own, and its progress bars from where stderr is no terminal."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+    from huggingface_hub.utils.logging import get_verbosity, set_verbosity
+
+    verbosity = get_verbosity()
+    set_verbosity(logging.ERROR)
+    hide = constants.HF_HUB_DISABLE_PROGRESS_BARS is None and not are_progress_bars_disabled()
+    hide = hide and not (show_bars and sys.stderr.isatty())
+    if hide:
+        disable_progress_bars()
+    try:
+        yield
+    finally:
+        set_verbosity(verbosity)
+        if hide:
+            enable_progress_bars()
+
+
+@contextmanager
+def client_errors(name: str, revision: str | None) -> Iterator[None]:
+    """Turns what the Hub's client raises while `name` is downloaded into a CheckpointError of one line."""
+    from huggingface_hub import constants, errors
 
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=WANTED_FILES))
+        yield
+    except CheckpointError:
+        raise
     except errors.GatedRepoError as error:
         raise CheckpointError(f"{name} on the Hub is gated: accept its licence on its page there, then run "
                               "`hf auth login`") from error
@@ -51,15 +92,23 @@ def _download(name: str, revision: str | None) -> Path:
     except errors.RevisionNotFoundError as error:
         raise CheckpointError(f"{name} on the Hub has no revision {revision!r}") from error
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
-        raise NotThereError(f"no folder {name} here, it is not in the Hub's cache, and the Hub cannot be reached; "
-                            "check the network (or HF_HUB_OFFLINE) and try again") from error
+        raise UnreachableError(f"no folder {name} here, it is not in the Hub's cache, and the Hub cannot be reached; "
+                               "check the network (or HF_HUB_OFFLINE) and try again") from error
     except Exception as error:  # the client's own errors, its HTTP library's and the disk's have no base in common
         if isinstance(error, errors.HfHubHTTPError) and error.response.status_code in (401, 403):
             raise CheckpointError(f"the Hub refuses access to {name} ({error.response.status_code}): run "
                                   "`hf auth login` with an account that may read it") from error
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"downloading {name} from the Hub failed: {reason}; run the command again, "
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise CheckpointError(f"downloading {name} filled the disk of {constants.HF_HUB_CACHE}: free some space, "
+                                  "or set HF_HUB_CACHE to a folder on another disk, and run the command again"
+                                  ) from error
+        raise CheckpointError(f"downloading {name} from the Hub failed: {first_line(error)}; run the command again, "
                               "finished files are kept") from error
+
+
+def first_line(error: Exception) -> str:
+    """What an error of somebody else's says, as far as it fits one line."""
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 def find_drafter(name: str | Path) -> Path | None:

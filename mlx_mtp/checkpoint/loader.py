@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -36,11 +36,24 @@ SMALL_MATRIX = 2**19  # numbers; below it a transposed layout is faster on CPU, 
 QUANTIZABLE = (nn.Linear, nn.Embedding, ExpertLinear)
 
 
-@dataclass(frozen=True)
-class Weights:
-    """A checkpoint's tensors under our names, lazily loaded, and how many were left out for which reason."""
+class Described(Protocol):
+    """What is known of a tensor before it is read; an mx.array is one."""
 
-    arrays: dict[str, mx.array]
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> mx.Dtype: ...
+
+
+A = TypeVar("A", bound=Described)
+
+
+@dataclass(frozen=True)
+class Weights(Generic[A]):
+    """A checkpoint's tensors under our names, not read yet, and how many were left out for which reason."""
+
+    arrays: dict[str, A]
     files: dict[str, Path]
     left_out: Counter[str]
 
@@ -89,21 +102,35 @@ def weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def open_weights(folder: Path, part: Part, config: TextConfig) -> Weights:
+def open_weights(folder: Path, part: Part, config: TextConfig) -> Weights[mx.array]:
     """Reads the headers of a checkpoint's files and maps their tensors to our names; no weight is read yet.
 
     Raises CheckpointError for a truncated or malformed file, and for two tensors of one name.
     """
-    weights = Weights({}, {}, Counter())
+    def opened() -> Iterator[tuple[Path, Mapping[str, mx.array]]]:
+        for file in weight_files(folder):
+            try:
+                tensors = mx.load(str(file))
+            except (RuntimeError, ValueError) as error:
+                raise CheckpointError(f"{file} is truncated or not a safetensors file: download it again "
+                                      f"({str(error).removeprefix('[load_safetensors] ')})") from error
+            assert isinstance(tensors, dict)
+            yield file, tensors
+
+    return assign(opened(), part, config, lambda array, half: mx.split(array, 2, axis=-2)[half])
+
+
+def assign(
+    files: Iterable[tuple[Path, Mapping[str, A]]], part: Part, config: TextConfig, half_of: Callable[[A, int], A]
+) -> Weights[A]:
+    """Maps the tensors of a checkpoint's files to our names; `half_of` takes half 0 or 1 along axis -2.
+
+    Raises CheckpointError for two tensors of one name, and for one that no use can be made of.
+    """
+    weights: Weights[A] = Weights({}, {}, Counter())
     shared = shared_kv_layers(config) if part == "target" else frozenset()
-    for file in weight_files(folder):
-        try:
-            tensors = mx.load(str(file))
-        except (RuntimeError, ValueError) as error:
-            raise CheckpointError(f"{file} is truncated or not a safetensors file: download it again "
-                                  f"({str(error).removeprefix('[load_safetensors] ')})") from error
-        assert isinstance(tensors, dict)
-        for name, array in tensors.items():
+    for file, tensors in files:
+        for name, tensor in tensors.items():
             if name.endswith(".global_scale"):
                 raise CheckpointError(f"{file}: tensor {name} is there, but nvfp4 with global scales is not supported: "
                                       "convert without them")
@@ -115,10 +142,10 @@ def open_weights(folder: Path, part: Part, config: TextConfig) -> Weights:
                 if use.path in weights.arrays:
                     raise CheckpointError(f"{file}: tensor {name} is there twice (also in {weights.files[use.path]}): "
                                           "delete the file that does not belong here")
-                if use.half is not None and (array.ndim < 2 or array.shape[-2] % 2):
-                    raise CheckpointError(f"{file}: tensor {name} has shape {array.shape}; expected an even number "
+                if use.half is not None and (len(tensor.shape) < 2 or tensor.shape[-2] % 2):
+                    raise CheckpointError(f"{file}: tensor {name} has shape {tensor.shape}; expected an even number "
                                           "of rows, gate above up")
-                weights.arrays[use.path] = array if use.half is None else mx.split(array, 2, axis=-2)[use.half]
+                weights.arrays[use.path] = tensor if use.half is None else half_of(tensor, use.half)
                 weights.files[use.path] = file
     return weights
 
@@ -129,7 +156,7 @@ def load_target(folder: Path, dtype: mx.Dtype | None = None) -> tuple[Target, Co
     dtype: of the floating-point weights; None keeps the checkpoint's.
     """
     raw = read_json(folder / "config.json")
-    config = _parse(folder, TargetConfig.from_json, raw)
+    config = parse_config(folder, TargetConfig.from_json, raw)
     if config.text.experts and dtype is not None and dtype != mx.float32 and not is_gpu():
         raise ConfigError(f"{folder}: a mixture of experts runs on CPU in float32 only (MLX's gather_mm); "
                           f"expected dtype float32, got {_name(dtype)}")
@@ -142,7 +169,7 @@ def load_target(folder: Path, dtype: mx.Dtype | None = None) -> tuple[Target, Co
 def load_drafter(folder: Path, dtype: mx.Dtype | None = None, bits: int | None = None) -> Drafter:
     """Builds the drafter of a checkpoint folder, its weights still lazy, quantized to `bits` if asked and not yet."""
     raw = read_json(folder / "config.json")
-    config = _parse(folder, DrafterConfig.from_json, raw)
+    config = parse_config(folder, DrafterConfig.from_json, raw)
     weights = open_weights(folder, "drafter", config.text)
     model = Drafter(config)
     _fill(model, weights, raw, "drafter", folder, dtype)
@@ -163,10 +190,16 @@ def quantize_drafter(model: Drafter, bits: int) -> None:
     nn.quantize(model, class_predicate=settings)
 
 
-def check_pair(target: TargetConfig, drafter: DrafterConfig, target_name: str, drafter_name: str) -> None:
-    """Raises PairError, saying what differs, unless the drafter was made for such a target."""
+def check_pair(
+    target: TargetConfig, drafter: DrafterConfig, target_name: str, drafter_name: str,
+    without: str = "--draft-model none",
+) -> None:
+    """Raises PairError, saying what differs, unless the drafter was made for such a target.
+
+    without: how one goes on with the target alone, for the message.
+    """
     complaint = f"the drafter {drafter_name} does not fit the target {target_name}"
-    advice = "use the -assistant checkpoint of the same model, or none (--draft-model none)"
+    advice = f"use the -assistant checkpoint of the same model, or none ({without})"
 
     def expect(what: str, got: object, expected: object) -> None:
         if got != expected:
@@ -222,7 +255,8 @@ def _lay_out_for_cpu(model: nn.Module) -> None:
             module.weight = mx.contiguous(module.weight.T).T
 
 
-def _parse(folder: Path, parser: Callable[[Mapping[str, Any]], C], raw: Mapping[str, Any]) -> C:
+def parse_config(folder: Path, parser: Callable[[Mapping[str, Any]], C], raw: Mapping[str, Any]) -> C:
+    """Parses the config of a folder. Raises ConfigError with the file's name."""
     try:
         return parser(raw)
     except ConfigError as error:
@@ -230,11 +264,27 @@ def _parse(folder: Path, parser: Callable[[Mapping[str, Any]], C], raw: Mapping[
 
 
 def _fill(
-    model: nn.Module, weights: Weights, raw: Mapping[str, Any], part: Part, folder: Path, dtype: mx.Dtype | None
+    model: nn.Module, weights: Weights[mx.array], raw: Mapping[str, Any], part: Part, folder: Path,
+    dtype: mx.Dtype | None
 ) -> None:
     """Quantizes the modules that are quantized on disk, checks every tensor, and hands the arrays to the model."""
-    _quantize_as_stored(model, weights, raw, part, folder)
-    expected = dict(tree_flatten(model.parameters()))
+    expected = check_weights(model, weights, raw, part, folder)
+    dtype = dtype or _main_dtype(weights)
+    casted = [(path, _cast(array, expected[path].dtype, dtype)) for path, array in weights.arrays.items()]
+    model.load_weights(casted, strict=True)
+    model.eval()
+
+
+def check_weights(
+    model: nn.Module, weights: Weights[A], raw: Mapping[str, Any], part: Part, folder: Path
+) -> dict[str, mx.array]:
+    """Quantizes the modules that are quantized on disk and compares every tensor; the model's own, still lazy.
+
+    Raises CheckpointError for a tensor that is missing, unexpected, misshapen or of an unusable type; ConfigError for
+    a quantization that is not mlx's.
+    """
+    _quantize_as_stored(model, weights.arrays.keys(), raw, part, folder)
+    expected: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
     for path in expected:
         if path not in weights.arrays:
             raise CheckpointError(f"{folder}: tensor {written_name(path, part)} is missing: the download is "
@@ -250,10 +300,7 @@ def _fill(
         if not _is_usable(array.dtype, expected[path].dtype):
             raise CheckpointError(f"{where} holds {_name(array.dtype)}; expected {_name(expected[path].dtype)}: "
                                   "convert the checkpoint to bfloat16, or to mlx's own quantization")
-    dtype = dtype or _main_dtype(weights)
-    casted = [(path, _cast(array, expected[path].dtype, dtype)) for path, array in weights.arrays.items()]
-    model.load_weights(casted, strict=True)
-    model.eval()
+    return expected
 
 
 def _is_usable(stored: mx.Dtype, expected: mx.Dtype) -> bool:
@@ -267,7 +314,7 @@ def _name(dtype: mx.Dtype) -> str:
     return str(dtype).removeprefix("mlx.core.")
 
 
-def _main_dtype(weights: Weights) -> mx.Dtype:
+def _main_dtype(weights: Weights[mx.array]) -> mx.Dtype:
     """The floating type most tensors have. The others take it too: one float32 norm would widen all that follows."""
     found = Counter(array.dtype for array in weights.arrays.values() if mx.issubdtype(array.dtype, mx.floating))
     return found.most_common(1)[0][0]
@@ -280,7 +327,7 @@ def _cast(array: mx.array, expected: mx.Dtype, dtype: mx.Dtype) -> mx.array:
 
 
 def _quantize_as_stored(
-    model: nn.Module, weights: Weights, raw: Mapping[str, Any], part: Part, folder: Path
+    model: nn.Module, paths: Set[str], raw: Mapping[str, Any], part: Part, folder: Path
 ) -> None:
     """Makes those modules quantized whose `scales` are on disk, by config.json's `quantization` in mlx-lm's form."""
     quantization = raw.get("quantization")
@@ -288,7 +335,7 @@ def _quantize_as_stored(
     if method is not None:
         raise ConfigError(f"{folder / 'config.json'}: quant_method {method!r} is not supported; use a checkpoint in "
                           "mlx's own quantization, or convert the bfloat16 one")
-    stored = {path.removesuffix(".scales") for path in weights.arrays if path.endswith(".scales")}
+    stored = {path.removesuffix(".scales") for path in paths if path.endswith(".scales")}
     if not stored:
         return
     if not isinstance(quantization, Mapping):
@@ -299,7 +346,8 @@ def _quantize_as_stored(
     def settings(path: str, module: nn.Module) -> bool | dict[str, Any]:
         if path not in stored or not isinstance(module, QUANTIZABLE):
             return False
-        chosen = _quantization(overrides.get(path, quantization), f"{folder / 'config.json'}: quantization of {path}")
+        where = f"{folder / 'config.json'}: quantization of {path}"
+        chosen = parse_quantization(overrides.get(path, quantization), where)
         width = module.weight.shape[-1]
         if chosen.group_size < 1 or width % chosen.group_size:
             raise ConfigError(f"{folder / 'config.json'}: group_size {chosen.group_size} does not divide the "
@@ -312,7 +360,8 @@ def _quantize_as_stored(
         raise ConfigError(f"{folder / 'config.json'}: quantization is not one of mlx's: {error}") from error
 
 
-def _quantization(raw: Mapping[str, Any], where: str) -> QuantizationConfig:
+def parse_quantization(raw: Mapping[str, Any], where: str) -> QuantizationConfig:
+    """One module's settings in mlx-lm's spelling; `where` is what a ConfigError calls them."""
     try:
         return QuantizationConfig(int(raw["group_size"]), int(raw["bits"]), str(raw.get("mode", "affine")))
     except (KeyError, TypeError, ValueError) as error:

@@ -28,6 +28,7 @@ DROPPED: tuple[tuple[str, str], ...] = (
     (r"lm_head\.", "tied to the embedding"),
     (r".*rotary_emb\.inv_freq$", "derived from the config"),
 )
+TOWERS = ("vision", "audio")  # the reasons above that `mlx_mtp.convert --keep-towers` overrules
 # Written for KV-shared layers too by some tools; such layers read their donor's K/V.
 SHARED_KV = re.compile(r"layers\.(\d+)\.self_attn\.(k_proj|v_proj|k_norm|v_norm)\.")
 SHARED_KV_REASON = "unused: the layer shares its donor's K/V"
@@ -57,7 +58,14 @@ def strip_prefix(name: str, part: Part) -> str:
 
 def written_name(path: str, part: Part) -> str:
     """The name under which a tensor or module is written to disk."""
-    return path if path.startswith(UNPREFIXED) else WRITTEN_PREFIX[part] + path
+    return path if f"{path}.".startswith(UNPREFIXED) else WRITTEN_PREFIX[part] + path
+
+
+def tower_name(name: str) -> str | None:
+    """The name under which a vision or audio tensor is written, which is mlx-vlm's; None for any other tensor."""
+    path = strip_prefix(name, "target")
+    is_tower = any(re.match(pattern, path) for pattern, reason in DROPPED if reason in TOWERS)
+    return path if is_tower else None
 
 
 def uses(name: str, part: Part, shared_kv_layers: frozenset[int]) -> list[Use] | str:
