@@ -83,7 +83,7 @@ def load_pair(target_folder: Path, drafter_folder: Path, context: int) -> tuple[
     drafter = load_drafter(drafter_folder, target.dtype)
     check_pair(target.config, drafter.config, f"{target_folder}", f"{drafter_folder}")
     weight_bytes = sum(array.nbytes for model in (target, drafter) for _, array in tree_flatten(model.parameters()))
-    slack = EngineConfig().max_draft_tokens + 1
+    slack = EngineConfig().ring_slack
     needed = weight_bytes + ROWS * memory.cache_bytes(target.config.text, context, slack, target.dtype)
     usable = device.memory_bytes() * (1 - device.WORKING_SPACE)
     if needed > usable:

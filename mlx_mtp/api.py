@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import reprlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from numbers import Integral
 from pathlib import Path
@@ -32,11 +32,12 @@ from mlx_mtp.errors import RequestError
 from mlx_mtp.kv_cache import KVCache, layer_shapes
 from mlx_mtp.models.drafter import Drafter
 from mlx_mtp.models.target import Target
-from mlx_mtp.tokenizer import Tokenizer
+from mlx_mtp.tokenizer import TextStream, Tokenizer
 
 Prompt = str | Sequence[int]
 AUTO = "auto"
 NO_DRAFTER = "none"
+ENGINE_SETTINGS = ("num_draft_tokens", "max_rows")
 PLANNED_CONTEXT = 8192  # tokens that the memory check allows for where nobody says more or less
 
 
@@ -152,8 +153,10 @@ def generate(pair: Pair, prompt: Prompt | Sequence[Prompt], **settings: Any) -> 
 
     prompt: text as it stands (for a conversation see `Tokenizer.encode_chat`), or token ids.
     settings: the fields of SamplingParams; `sampling`: a SamplingParams for all rows, or a list with one for each;
-    `num_draft_tokens`: drafts a round, 0 for plain decoding. Neither it nor the batch changes the text.
-    Raises RequestError for an empty or too long prompt and for unknown or impossible settings.
+    `num_draft_tokens`: drafts a round, 0 for plain decoding; `max_rows`: prompts decoded together, the others follow
+    as rows come free. Neither changes the text.
+    Raises RequestError for an empty or too long prompt and for unknown or impossible settings, MemoryBudgetError for
+    a prompt that the device cannot hold beside the weights.
     """
     results: dict[int, Result] = {}
     for segment in stream_generate(pair, prompt, **settings):
@@ -170,13 +173,58 @@ def stream_generate(
 
     on_prefill(done, total) is told of the prompt tokens run so far.
     """
-    requests, config = _requests(pair, prompt, settings)
-    return _stream(pair, requests, config, on_prefill)
+    engine, requests = _requests(pair, prompt, settings)
+    return stream_requests(pair, engine, requests, on_prefill)
 
 
 def check(pair: Pair, prompt: Prompt | Sequence[Prompt], **settings: Any) -> None:
-    """Raises the RequestError that `generate` would raise for these arguments; runs nothing and reads no weight."""
+    """Raises the error that `generate` would raise for these arguments; runs nothing and reads no weight."""
     _requests(pair, prompt, settings)
+
+
+def new_engine(pair: Pair, **settings: Any) -> Engine:
+    """What runs requests of this pair. settings: the fields of EngineConfig; reads no weight."""
+    return Engine(pair.target, pair.drafter, EngineConfig(**settings))
+
+
+def new_request(pair: Pair, prompt: Prompt, sampling: SamplingParams) -> Request:
+    """One prompt, ready to be run. Raises RequestError for an empty or too long prompt."""
+    tokens = _tokens(pair, prompt)
+    _check_length(pair, len(tokens), answer=1)
+    return Request(tokens, sampling, pair.tokenizer.stop_tokens, pair.max_context)
+
+
+def stream_requests(
+    pair: Pair, engine: Engine, requests: Iterable[Request], on_prefill: Callable[[int, int], None] | None = None
+) -> Iterator[Segment]:
+    """Runs requests, each taken when a row comes free and dropped when it ends: a long job holds only those that run.
+
+    Segments are numbered in the order in which requests are taken; what comes of one request comes in order.
+    """
+    running: dict[Request, tuple[int, TextStream]] = {}
+
+    def taken() -> Iterator[Request]:
+        for index, request in enumerate(requests):
+            running[request] = index, pair.tokenizer.stream(request.sampling.stop)
+            yield request
+
+    mx.reset_peak_memory()
+    for event in engine.run(taken(), on_prefill):
+        request = event.request
+        index, stream = running[request]
+        text = stream.add(event.tokens)
+        if request.is_finished:
+            text += stream.finish()
+        tokens = event.tokens
+        if stream.is_stopped:
+            surplus = request.stop_after(stream.num_tokens)
+            tokens = tokens[: len(tokens) - surplus]
+        if request.finish_reason is None:
+            yield Segment(index, text, tokens)
+            continue
+        del running[request]
+        stats = request.stats(mx.get_peak_memory() / memory.GB)
+        yield Segment(index, text, tokens, Result(stream.text, request.tokens, request.finish_reason, stats))
 
 
 def score(pair: Pair, tokens: Prompt, *, chunk: int = 512) -> mx.array:
@@ -204,42 +252,21 @@ def score(pair: Pair, tokens: Prompt, *, chunk: int = 512) -> mx.array:
 
 def _requests(
     pair: Pair, prompt: Prompt | Sequence[Prompt], settings: dict[str, Any]
-) -> tuple[list[Request], EngineConfig]:
-    prompts = list(prompt) if _is_batch(prompt) else [prompt]
-    sampling, config = _settings(len(prompts), settings)
-    requests = []
-    for one, params in zip(prompts, sampling, strict=True):
-        tokens = _tokens(pair, one)
-        _check_length(pair, len(tokens), answer=1)
-        requests.append(Request(tokens, params, pair.tokenizer.stop_tokens, pair.max_context))
-    return requests, config
+) -> tuple[Engine, list[Request]]:
+    prompts: list[Any] = list(prompt) if _is_batch(prompt) else [prompt]
+    sampling, changes = _settings(len(prompts), settings)
+    EngineConfig(**changes)  # complains of a setting before the pair is looked at
+    requests = [new_request(pair, one, params) for one, params in zip(prompts, sampling, strict=True)]
+    engine = new_engine(pair, **changes)
+    for request in requests:
+        engine.check(request)
+    return engine, requests
 
 
-def _stream(
-    pair: Pair, requests: Sequence[Request], config: EngineConfig, on_prefill: Callable[[int, int], None] | None
-) -> Iterator[Segment]:
-    streams = [pair.tokenizer.stream(request.sampling.stop) for request in requests]
-    index = {id(request): i for i, request in enumerate(requests)}
-    mx.reset_peak_memory()
-    for event in Engine(pair.target, pair.drafter, config).run(requests, on_prefill):
-        request, i = event.request, index[id(event.request)]
-        text = streams[i].add(event.tokens)
-        if request.is_finished:
-            text += streams[i].finish()
-        tokens = event.tokens
-        if streams[i].is_stopped:
-            surplus = request.stop_after(streams[i].num_tokens)
-            tokens = tokens[: len(tokens) - surplus]
-        if request.finish_reason is None:
-            yield Segment(i, text, tokens)
-            continue
-        stats = request.stats(mx.get_peak_memory() / memory.GB)
-        yield Segment(i, text, tokens, Result(streams[i].text, request.tokens, request.finish_reason, stats))
-
-
-def _settings(rows: int, given: dict[str, Any]) -> tuple[list[SamplingParams], EngineConfig]:
+def _settings(rows: int, given: dict[str, Any]) -> tuple[list[SamplingParams], dict[str, Any]]:
+    """Each row's sampling, and what differs from EngineConfig's defaults."""
     names = {field.name for field in fields(SamplingParams)}
-    known = sorted(names | {"sampling", "num_draft_tokens"})
+    known = sorted(names | {"sampling", *ENGINE_SETTINGS})
     for name in sorted(set(given) - set(known)):
         likely = difflib.get_close_matches(name, known, 1, cutoff=0.52)
         raise RequestError(f"unknown setting {name!r}; " + (f"did you mean {likely[0]}? " if likely else "")
@@ -252,10 +279,8 @@ def _settings(rows: int, given: dict[str, Any]) -> tuple[list[SamplingParams], E
     if len(per_row) != rows:
         raise RequestError(f"sampling has {len(per_row)} entries for {rows} prompts; expected one for each")
     changes = {name: value for name, value in given.items() if name in names}
-    config = EngineConfig()
-    if given.get("num_draft_tokens") is not None:
-        config = replace(config, num_draft_tokens=given["num_draft_tokens"])
-    return [replace(params, **changes) for params in per_row], config
+    engine = {name: given[name] for name in ENGINE_SETTINGS if given.get(name) is not None}
+    return [replace(params, **changes) for params in per_row], engine
 
 
 def _is_batch(prompt: object) -> bool:

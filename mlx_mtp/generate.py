@@ -1,4 +1,4 @@
-"""The command `python -m mlx_mtp.generate`: a prompt in, text streamed out, a summary at the end.
+"""The command `python -m mlx_mtp.generate`: a prompt in, text streamed out; or many in, a file of answers out.
 
 Text goes to stdout and everything else to stderr, so that the output can be piped.
 """
@@ -7,19 +7,21 @@ from __future__ import annotations
 
 import argparse
 import io
-import json
 import os
 import sys
 import types
-from collections.abc import Sequence
-from dataclasses import asdict, fields
-from typing import TYPE_CHECKING, Any, NoReturn
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
 
+from mlx_mtp import api, batch, prompts_file
+from mlx_mtp.api import Pair, Result
+from mlx_mtp.batch import Job
 from mlx_mtp.config import EngineConfig, SamplingParams
 from mlx_mtp.errors import MtpError, RequestError
-
-if TYPE_CHECKING:
-    from mlx_mtp.api import Pair, Result
+from mlx_mtp.output_file import OutputFile
+from mlx_mtp.progress import Progress
+from mlx_mtp.prompts_file import Line
 
 USER_ERROR = 2
 INTERRUPTED = 128 + 2  # as shells count: 128 + the signal's number, here SIGINT
@@ -39,7 +41,17 @@ def parser() -> argparse.ArgumentParser:
                                              "for <model>-assistant)")
     add("--draft-bits", type=int, help="quantize the drafter to so many bits while loading")
     add("--max-context", type=int, help="tokens of prompt and answer together to plan memory for")
-    add("--prompt", "-p", action="append", help="the prompt; - reads stdin; repeat it to decode several as one batch")
+    given = cli.add_mutually_exclusive_group().add_argument
+    given("--prompt", "-p", action="append", help="the prompt; - reads stdin; repeat it to decode several as one batch")
+    given("--prompts-file", metavar="FILE",
+          help="many prompts, one a line; - reads stdin. JSON lines if the file is named *.jsonl or its first line is "
+               f"a JSON object: {prompts_file.FORM}, with an id and settings of its own if need be "
+               f"({', '.join(prompts_file.SETTINGS)}). Else each line is a prompt as it stands. Blank ones are skipped")
+    add("--output", type=Path, metavar="FILE",
+        help="with --prompts-file: write JSON lines there, in the prompts' order, as answers finish. A job that was "
+             "stopped goes on after the last line when the same command is given again")
+    add("--max-rows", type=int, default=engine.max_rows,
+        help="prompts decoded together; never changes the text (default: %(default)s)")
     add("--system-prompt", help="instructions put before the prompt by the chat template")
     add("--ignore-chat-template", action="store_true", help="take the prompt as plain text")
     add("--max-tokens", "-m", type=int, default=sampling.max_tokens, help="default: %(default)s")
@@ -52,7 +64,7 @@ def parser() -> argparse.ArgumentParser:
     add("--num-draft-tokens", type=int, default=engine.num_draft_tokens,
         help="drafts a round; 0 is plain decoding; never changes the text (default: %(default)s)")
     add("--verbose", type=_flag, default=True, metavar="T|F", help="notes, progress and summary (default: T)")
-    add("--json", action="store_true", help="print one JSON object a completion instead of its text")
+    add("--json", action="store_true", help="print one JSON object a completion, one a line, instead of its text")
     return cli
 
 
@@ -76,93 +88,130 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     sampling = SamplingParams(args.max_tokens, args.temp, args.top_k, args.top_p, args.min_p, args.seed)
-    EngineConfig(num_draft_tokens=args.num_draft_tokens)  # complains before anything is loaded
-    texts = _prompts(args.prompt)
-
-    from mlx_mtp import api  # here, since --help and bad flags need no models
-
-    progress = Progress(args.verbose)
-    progress.show(f"loading {args.model or 'the built-in pair'}")
-    prompts: list[list[int]] = []
-
-    def encode(pair: Pair) -> None:
-        prompts.extend(_tokens(pair, text, args) for text in texts)
-        api.check(pair, prompts, sampling=sampling, num_draft_tokens=args.num_draft_tokens)
-
+    EngineConfig(num_draft_tokens=args.num_draft_tokens, max_rows=args.max_rows)  # complains before anything is loaded
+    _check_output(args)
+    work = _Work(args, _lines(args, sampling))
     try:
         pair = api.load(args.model, args.draft_model, draft_bits=args.draft_bits, max_context=args.max_context,
-                        before_reading=encode)
+                        before_reading=work.prepare)
+        work.run(pair)
+    except _NothingLeftError as reason:
+        work.note(str(reason))
     finally:
-        progress.clear()
-    for note in pair.notes if args.verbose else ():
-        print(note, file=sys.stderr)
-    return _stream(pair, prompts, sampling, args, progress)
-
-
-def _stream(pair: Pair, prompts: list[list[int]], sampling: SamplingParams, args: argparse.Namespace,
-            progress: Progress) -> int:
-    """Decodes the prompts as one batch; a single one is printed as it comes, several in order as they finish."""
-    from mlx_mtp import api
-
-    results: dict[int, Result] = {}
-    printed = 0
-    partial = [""] * len(prompts)
-    tokens: list[list[int]] = [[] for _ in prompts]
-    live = len(prompts) == 1 and not args.json
-
-    def show(i: int) -> None:
-        if args.json:
-            _print_json(results.get(i), partial[i], tokens[i])
-            return
-        if len(prompts) > 1 and args.verbose:
-            print(f"--- {i + 1}", file=sys.stderr, flush=True)
-        print(results[i].text if i in results else partial[i], flush=True)
-
-    try:
-        for segment in api.stream_generate(
-            pair, prompts, sampling=sampling, num_draft_tokens=args.num_draft_tokens,
-            on_prefill=lambda done, total: progress.show(f"prompt {done}/{total}"),
-        ):
-            progress.clear()
-            partial[segment.index] += segment.text
-            tokens[segment.index] += segment.tokens
-            if live:
-                print(segment.text, end="", flush=True)
-            if segment.result is not None:
-                results[segment.index] = segment.result
-            while printed in results and not live:
-                show(printed)
-                printed += 1
-    except KeyboardInterrupt:
-        progress.clear()
-        for i in range(printed, len(prompts) if not live else 0):
-            show(i)
-        raise
-    if live:
-        print(flush=True)
-    if args.verbose:
-        _summarize([results[i] for i in sorted(results)])
+        work.close()
     return 0
 
 
-def _print_json(result: Result | None, text: str, tokens: list[int]) -> None:
-    """One line for a completion: the finished result, else what had come of it when it was interrupted."""
-    shown: dict[str, Any] = {"text": text, "tokens": tokens, "finish_reason": "interrupted", "stats": None}
-    if result is not None:
-        shown = {field.name: getattr(result, field.name) for field in fields(result)} | {"stats": asdict(result.stats)}
-    print(json.dumps(shown), flush=True)
+class _NothingLeftError(Exception):
+    """Ends the loading before weights are read: every answer is there already."""
 
 
-def _summarize(results: list[Result]) -> None:
-    """A line a completion: sizes, speeds, and what the drafter gave."""
-    for result in results:
-        stats = result.stats
-        line = (f"[prompt {stats.prompt_tokens} tokens, {stats.prompt_tps:.0f} tok/s; answer {stats.generation_tokens} "
-                f"tokens, {stats.generation_tps:.1f} tok/s; finished: {result.finish_reason}")
-        if stats.drafted:
-            line += (f"; accepted {stats.accepted} of {stats.drafted} drafts, {stats.mean_acceptance_length:.2f} "
-                     "tokens a round")
-        print(f"{line}; peak memory {stats.peak_memory:.2f} GB]", file=sys.stderr)
+class _Work:
+    """What one call of the command has to do: prompts are checked while the models load, then run."""
+
+    def __init__(self, args: argparse.Namespace, lines: Sequence[Line]) -> None:
+        self._args, self._lines = args, lines
+        self._progress = Progress(args.verbose)
+        self._progress.show(f"loading {args.model or 'the built-in pair'}")
+        self._jobs: list[Job] = []
+        self._output: OutputFile | None = None
+
+    def prepare(self, pair: Pair) -> None:
+        """Raises what is wrong with any prompt or with the output file, and _NothingLeftError if that is complete."""
+        args = self._args
+        self._engine = api.new_engine(pair, num_draft_tokens=args.num_draft_tokens, max_rows=args.max_rows)
+        self._jobs = batch.jobs(pair, self._engine, self._lines, lambda line: _tokens(pair, line.prompt, args),
+                                batch.model_name(args.model))
+        self._lines = ()
+        if args.output is not None:
+            self._output = OutputFile(args.output, [job.fingerprint for job in self._jobs])
+            if self._output.done == len(self._jobs):
+                raise _NothingLeftError(f"{args.output} holds all {self._output.done} answers: nothing is left to do")
+
+    def run(self, pair: Pair) -> None:
+        """A single prompt is printed as it comes; several are printed, or written, in order as they finish."""
+        args = self._args
+        self._progress.clear()
+        for text in pair.notes:
+            self.note(text)
+        if args.prompts_file is None and len(self._jobs) == 1 and not args.json:
+            result = self._stream(pair)
+            self.note(batch.summary(result))
+            return
+        if self._output is None:
+            totals = batch.run(pair, self._engine, self._jobs, self._printer(), self._progress)
+        else:
+            totals = self._write(pair, self._output)
+        self._progress.clear()
+        self.note(f"[{totals}]")
+
+    def note(self, text: str) -> None:
+        """What a user may want to know, unless they want to hear nothing."""
+        if self._args.verbose:
+            self._progress.clear()
+            print(text, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        self._progress.clear()
+        if self._output is not None:
+            self._output.close()
+
+    def _printer(self) -> batch.Sink:
+        if self._args.json:
+            return batch.JsonLines(self._progress, None if self._args.prompts_file is None else self._jobs)
+        return batch.Texts(self._progress, self._args.verbose and len(self._jobs) > 1)
+
+    def _write(self, pair: Pair, output: OutputFile) -> batch.Totals:
+        if output.done:
+            self.note(f"{self._args.output} holds {output.done} of {len(self._jobs)} answers: going on after them")
+        try:
+            sink = batch.ToFile(output, self._jobs)
+            return batch.run(pair, self._engine, self._jobs, sink, self._progress, output.done)
+        except KeyboardInterrupt:
+            self.note(f"{self._args.output} holds {output.done} of {len(self._jobs)} answers: the same command goes on "
+                      "after them")
+            raise
+
+    def _stream(self, pair: Pair) -> Result:
+        result = None
+        requests = [api.new_request(pair, list(job.tokens), job.sampling) for job in self._jobs]
+        show = self._progress.show
+        for segment in api.stream_requests(pair, self._engine, requests,
+                                           lambda done, total: show(f"prompt {done}/{total}", done, total)):
+            self._progress.clear()
+            print(segment.text, end="", flush=True)
+            result = segment.result
+        print(flush=True)
+        assert result is not None
+        return result
+
+
+def _check_output(args: argparse.Namespace) -> None:
+    """What can be known to be wrong with --output before a model is loaded, or downloaded."""
+    if args.output is None:
+        return
+    if args.prompts_file is None:
+        raise RequestError("--output is given without --prompts-file: give the prompts as a file, or redirect stdout")
+    if not args.output.absolute().parent.is_dir():
+        raise RequestError(f"there is no folder {args.output.parent} for --output: make it or name another")
+    if args.output.is_dir():
+        raise RequestError(f"--output {args.output} is a folder: expected the name of a file")
+    if args.output.exists() and Path(args.prompts_file).exists() and args.output.samefile(args.prompts_file):
+        raise RequestError(f"--output is the prompts file itself, {args.prompts_file}: name another file")
+
+
+def _lines(args: argparse.Namespace, sampling: SamplingParams) -> list[Line]:
+    if args.prompts_file is None:
+        return [Line(text, sampling) for text in _prompts(args.prompt)]
+    if args.prompts_file == "-":
+        lines = prompts_file.parse(_stdin(), "stdin", sampling)
+    else:
+        lines = prompts_file.parse(prompts_file.read(Path(args.prompts_file)), args.prompts_file, sampling)
+    for line in lines if args.ignore_chat_template else ():
+        if not isinstance(line.prompt, str):
+            raise RequestError(f"{line.where}: has messages, which only the chat template makes a prompt of: give it "
+                               "a prompt instead, or leave out --ignore-chat-template")
+    return lines
 
 
 def _prompts(given: list[str] | None) -> list[str]:
@@ -187,11 +236,15 @@ def _stdin() -> str:
     return text
 
 
-def _tokens(pair: Pair, text: str, args: argparse.Namespace) -> list[int]:
-    if args.ignore_chat_template:
-        return pair.tokenizer.encode(text if args.system_prompt is None else f"{args.system_prompt}\n{text}")
-    system = [] if args.system_prompt is None else [{"role": "system", "content": args.system_prompt}]
-    return pair.tokenizer.encode_chat([*system, {"role": "user", "content": text}])
+def _tokens(pair: Pair, prompt: str | Sequence[Mapping[str, Any]], args: argparse.Namespace) -> list[int]:
+    """A prompt's ids. --system-prompt comes before it, unless it is a conversation with a system message of its own."""
+    if isinstance(prompt, str):
+        if args.ignore_chat_template:
+            return pair.tokenizer.encode(prompt if args.system_prompt is None else f"{args.system_prompt}\n{prompt}")
+        prompt = [{"role": "user", "content": prompt}]
+    if args.system_prompt is not None and not any(message["role"] in ("system", "developer") for message in prompt):
+        prompt = [{"role": "system", "content": args.system_prompt}, *prompt]
+    return pair.tokenizer.encode_chat(prompt)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -207,30 +260,10 @@ def _flag(text: str) -> bool:
     return text.lower() in ("t", "true")
 
 
-class Progress:
-    """One line on a terminal's stderr that is overwritten and goes away; nothing where there is no terminal."""
-
-    def __init__(self, is_wanted: bool) -> None:
-        self._is_wanted = is_wanted and sys.stderr.isatty()
-        self._width = 0
-
-    def show(self, text: str) -> None:
-        if self._is_wanted:
-            print(f"\r{text}…".ljust(self._width), end="", file=sys.stderr, flush=True)
-            self._width = len(text) + 2
-
-    def clear(self) -> None:
-        if self._width:
-            print("\r" + " " * self._width + "\r", end="", file=sys.stderr, flush=True)
-            self._width = 0
-
-
 class _CallableModule(types.ModuleType):
     """This module shares its name with the function `mlx_mtp.generate`; importing it must not hide that."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        from mlx_mtp import api
-
         return api.generate(*args, **kwargs)
 
 

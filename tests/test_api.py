@@ -1,16 +1,20 @@
 """The Python interface: every form of prompt, every setting, streams that add up, scores that are the target's."""
 
 import re
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten
 from support import KINDS, golden, golden_pair, relative_error
 
 import mlx_mtp
-from mlx_mtp import Pair, RequestError, Result, SamplingParams, demo
+from mlx_mtp import MemoryBudgetError, Pair, RequestError, Result, SamplingParams, demo, device
+from mlx_mtp.api import check, new_engine, new_request, stream_requests
+from mlx_mtp.engine.request import Request
 from mlx_mtp.tokenizer import Tokenizer
 
 PROMPT = "Explain `os.path.join`."
@@ -60,6 +64,51 @@ def test_a_list_of_prompts_is_one_batch_with_results_in_order(pair: Pair) -> Non
         assert (result.text, result.tokens) == (alone.text, alone.tokens)
 
 
+@pytest.mark.parametrize("max_rows", [1, 2])
+def test_prompts_beyond_the_rows_follow_when_rows_come_free_with_the_same_text(pair: Pair, max_rows: int) -> None:
+    prompts = [PROMPT, "import os\n", "def f(", "class A:", "x ="]
+    together = mlx_mtp.generate(pair, prompts, max_tokens=9, temperature=1.0)
+    order: list[int] = []
+    for segment in mlx_mtp.stream_generate(pair, prompts, max_tokens=9, temperature=1.0, max_rows=max_rows):
+        order.append(segment.index)
+        if segment.result is not None:
+            assert segment.result.tokens == together[segment.index].tokens
+    first = {index: order.index(index) for index in range(5)}
+    last = {index: len(order) - 1 - order[::-1].index(index) for index in range(5)}
+    for index in range(5):  # never more than max_rows between their first and their last tokens
+        assert sum(first[other] < first[index] < last[other] for other in range(5)) < max_rows
+
+
+def test_requests_are_taken_when_they_can_run_and_dropped_when_they_end(pair: Pair) -> None:
+    taken: list[weakref.ref[Request]] = []
+
+    def requests() -> Iterator[Request]:
+        for i in range(12):
+            request = new_request(pair, f"x{i} =", SamplingParams(3, seed=i))
+            taken.append(weakref.ref(request))
+            yield request
+
+    engine = new_engine(pair, max_rows=2)
+    done = alive = 0
+    for segment in stream_requests(pair, engine, requests()):
+        done += segment.result is not None
+        alive = max(alive, sum(request() is not None for request in taken))
+        assert len(taken) <= done + 2 * 2 + 2
+    assert (done, len(taken)) == (12, 12)
+    assert alive <= 8
+
+
+def test_a_prompt_that_the_device_cannot_hold_is_refused_before_anything_runs(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = sum(array.nbytes for model in (pair.target, pair.drafter)
+                  for _, array in tree_flatten(model.parameters()))
+    monkeypatch.setattr(device, "memory_bytes", lambda: int((weights + 1_500_000) / 0.95))
+    for refuse in (mlx_mtp.stream_generate, check):
+        with pytest.raises(MemoryBudgetError, match="a prompt of 3000 tokens"):
+            refuse(pair, [[2], [2] * 3000])
+
+
 def test_one_prompt_in_a_list_gives_a_list(pair: Pair) -> None:
     assert isinstance(mlx_mtp.generate(pair, [PROMPT], max_tokens=2), list)
 
@@ -107,6 +156,7 @@ def test_rows_can_have_settings_of_their_own(pair: Pair) -> None:
     ({"temperature": -1}, "temperature"),
     ({"num_draft_tokens": 8}, "num_draft_tokens"),
     ({"num_draft_tokens": -1}, "num_draft_tokens"),
+    ({"max_rows": 0}, "max_rows is 0"),
     ({"sampling": [SamplingParams()] * 2}, "2 entries for 1 prompts"),
     ({"max_tokens": 0}, "max_tokens"),
 ])

@@ -5,11 +5,12 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -18,11 +19,13 @@ import pytest
 import mlx_mtp
 from mlx_mtp import RequestError, SamplingParams, api, demo
 from mlx_mtp.config import EngineConfig
-from mlx_mtp.engine.request import RequestStats
+from mlx_mtp.engine.engine import Engine
+from mlx_mtp.engine.request import Request, RequestStats
 from mlx_mtp.generate import main, parser
 
 ROOT = Path(__file__).parent.parent
 SHORT = ["--max-tokens", "12"]
+FINISHED = RequestStats(1, 0, 1, 0, 0, 0, (), 1.0, 1.0, 1.0, 1.0, 1.0)
 
 
 def command(*arguments: str) -> list[str]:
@@ -47,6 +50,7 @@ def test_every_default_is_the_dataclasses() -> None:
     shown = SamplingParams(args.max_tokens, args.temp, args.top_k, args.top_p, args.min_p, args.seed)
     assert shown == SamplingParams()
     assert args.num_draft_tokens == EngineConfig().num_draft_tokens
+    assert args.max_rows == EngineConfig().max_rows
     assert args.draft_model == api.AUTO
 
 
@@ -59,18 +63,24 @@ def test_the_flags_have_mlx_lms_names_and_each_sets_its_setting(
         seen.update(model=model, draft_model=draft_model, **settings)
         return loaded(pair, **settings)
 
-    def stream(_: object, prompts: object, **settings: object) -> list[api.Segment]:
+    def engine(_: object, **settings: object) -> Engine:
         seen.update(settings)
-        return []
+        return real(pair, **settings)
 
+    def stream(_: object, __: object, requests: Iterable[Request], *___: object) -> Iterator[api.Segment]:
+        seen["sampling"] = next(iter(requests)).sampling
+        yield api.Segment(0, "One", [5], api.Result("One", [5], "stop", FINISHED))
+
+    real = api.new_engine
     monkeypatch.setattr(api, "load", load)
-    monkeypatch.setattr(api, "stream_generate", stream)
+    monkeypatch.setattr(api, "new_engine", engine)
+    monkeypatch.setattr(api, "stream_requests", stream)
     assert main(["--model", "a/b", "--draft-model", "none", "--draft-bits", "4", "--max-context", "99", "-p", "Hi",
                  "-m", "7", "--temp", "0.5", "--top-p", "0.6", "--top-k", "8", "--min-p", "0.1", "--seed", "9",
-                 "--num-draft-tokens", "2", "--verbose", "F"]) == 0
+                 "--num-draft-tokens", "2", "--max-rows", "3", "--verbose", "F"]) == 0
     assert (seen["model"], seen["draft_model"], seen["draft_bits"], seen["max_context"]) == ("a/b", "none", 4, 99)
     assert seen["sampling"] == SamplingParams(7, 0.5, 8, 0.6, 0.1, 9)
-    assert seen["num_draft_tokens"] == 2
+    assert (seen["num_draft_tokens"], seen["max_rows"]) == (2, 3)
 
 
 def test_stdout_holds_the_text_and_nothing_else(pair: api.Pair, capsys: pytest.CaptureFixture[str]) -> None:
@@ -139,9 +149,9 @@ def test_the_system_prompt_comes_before_the_prompt(
     pair: api.Pair, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     seen: list[list[int]] = []
-    real = api.stream_generate
-    monkeypatch.setattr(api, "stream_generate", lambda p, prompts, **more: seen.extend(prompts) or real(
-        p, prompts, **more))
+    real = api.new_request
+    monkeypatch.setattr(api, "new_request", lambda p, tokens, sampling: seen.append(tokens) or real(
+        p, tokens, sampling))
     assert main(["-p", "Hello", "--system-prompt", "Be brief.", "-m", "1"]) == 0
     text = pair.tokenizer.decode(seen[0])
     assert 0 < text.index("Be brief.") < text.index("Hello")
@@ -196,15 +206,12 @@ def test_ctrl_c_keeps_what_came_of_each_answer(
     capsys: pytest.CaptureFixture[str]
 ) -> None:
     segments = [api.Segment(0, "One", [5])] + [api.Segment(1, "Tw", [6])] * ("b" in arguments)
-    monkeypatch.setattr(api, "stream_generate", InterruptedAfter(*segments))
+    monkeypatch.setattr(api, "stream_requests", InterruptedAfter(*segments))
     monkeypatch.setattr(api, "load", lambda *_, **settings: loaded(pair, **settings))
     assert main(arguments) == 130
     out, err = capsys.readouterr()
     assert out == printed
     assert err.splitlines()[-1] == "interrupted"
-
-
-FINISHED = RequestStats(1, 0, 1, 0, 0, 0, (), 1.0, 1.0, 1.0, 1.0, 1.0)
 
 
 @pytest.mark.parametrize("flag", ["--json", "--verbose"])
@@ -213,7 +220,7 @@ def test_ctrl_c_prints_what_had_finished_behind_a_running_answer_as_finished(
 ) -> None:
     whole = api.Result("Two", [6, 7], "stop", FINISHED)
     segments = api.Segment(0, "One", [5]), api.Segment(1, "Two", [6, 7], whole)
-    monkeypatch.setattr(api, "stream_generate", InterruptedAfter(*segments))
+    monkeypatch.setattr(api, "stream_requests", InterruptedAfter(*segments))
     monkeypatch.setattr(api, "load", lambda *_, **settings: loaded(pair, **settings))
     assert main(["-p", "a", "-p", "b", flag, *(["T"] if flag == "--verbose" else [])]) == 130
     out, err = capsys.readouterr()
@@ -225,6 +232,26 @@ def test_ctrl_c_prints_what_had_finished_behind_a_running_answer_as_finished(
     else:
         assert out == "One\nTwo\n"
         assert [line for line in err.splitlines() if line.startswith("---")] == ["--- 1", "--- 2"]
+
+
+def test_several_prompts_are_summed_up_one_by_one_and_together(
+    pair: api.Pair, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts = ["What is in the module `os`?", "Hello", "What is in `re`?"]
+    results = [answer_of(pair, prompt) for prompt in prompts]
+    assert main([*(part for prompt in prompts for part in ("-p", prompt)), "--max-rows", "2", *SHORT]) == 0
+    out, err = capsys.readouterr()
+    assert out == "".join(f"{result.text}\n" for result in results)
+    lines = [line for line in err.splitlines() if line.startswith(("---", "[prompt"))]
+    assert [line[:5] for line in lines] == ["--- 1", "[prom", "--- 2", "[prom", "--- 3", "[prom"]
+    for line, result in zip(lines[1::2], results, strict=True):
+        assert f"answer {len(result.tokens)} tokens" in line
+    stats = [result.stats for result in results]
+    accepted, drafted, rounds = (sum(getattr(one, name) for one in stats) for name in ("accepted", "drafted", "rounds"))
+    tokens = sum(len(result.tokens) for result in results)
+    assert re.fullmatch(rf"\[3 requests, {tokens} tokens, [0-9.]+ tok/s; accepted "
+                        rf"{accepted} of {drafted} drafts, {1 + accepted / rounds:.2f} tokens a round\]",
+                        err.splitlines()[-1])
 
 
 @pytest.mark.parametrize(("encoding", "errors"), [("utf-8", "strict"), ("utf-8", "surrogateescape"),
@@ -245,8 +272,9 @@ def test_an_answer_beyond_stdouts_encoding_comes_to_its_end(
     monkeypatch: pytest.MonkeyPatch, pair: api.Pair
 ) -> None:
     written = io.BytesIO()
-    segments = api.Segment(0, "naïve ", [5]), api.Segment(0, "🦙!", [6])
-    monkeypatch.setattr(api, "stream_generate", lambda *_, **__: iter(segments))
+    whole = api.Result("naïve 🦙!", [5, 6], "stop", FINISHED)
+    segments = api.Segment(0, "naïve ", [5]), api.Segment(0, "🦙!", [6], whole)
+    monkeypatch.setattr(api, "stream_requests", lambda *_, **__: iter(segments))
     monkeypatch.setattr(api, "load", lambda *_, **settings: loaded(pair, **settings))
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, "ascii"))
     assert main(["-p", "a"]) == 0

@@ -320,7 +320,7 @@ def needed_bytes(context: int) -> tuple[int, int]:
     """Weights and cache of the built-in target alone."""
     target, _ = load_target(demo.TARGET, mx.float32)
     weights = sum(array.nbytes for _, array in tree_flatten(target.parameters()))
-    return weights, memory.cache_bytes(target.config.text, context, 8, mx.float32)
+    return weights, memory.cache_bytes(target.config.text, context, EngineConfig().ring_slack, mx.float32)
 
 
 def test_a_context_that_does_not_fit_is_refused_and_the_advised_one_loads(monkeypatch: pytest.MonkeyPatch) -> None:

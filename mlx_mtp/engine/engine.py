@@ -14,7 +14,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -100,6 +100,11 @@ class Engine:
         """Requests that hold a row of the batch now."""
         return len(self._scheduler.decoding)
 
+    @property
+    def waiting(self) -> int:
+        """Requests that hold no row yet."""
+        return len(self._scheduler.waiting) + len(self._scheduler.prefilling)
+
     def submit(self, request: Request) -> int:
         """Queues a request and returns its id. Raises QueueFullError, or MemoryBudgetError if it could never run."""
         with self._lock:
@@ -131,28 +136,36 @@ class Engine:
             events += self._land(self._flights.popleft())
         return events
 
-    def run(self, requests: Sequence[Request], on_prefill: Progress | None = None) -> Iterator[Event]:
-        """Submits requests, as many as the queue takes at a time, and steps until they are finished.
+    def check(self, request: Request) -> None:
+        """Raises MemoryBudgetError for a request that could not run even alone."""
+        self._scheduler.check(request)
 
-        Yields their events as tokens come. A caller that stops early aborts the rest.
-        on_prefill(done, total) is told of prompt tokens run, a chunk at a time.
+    def run(self, requests: Iterable[Request], on_prefill: Progress | None = None) -> Iterator[Event]:
+        """Submits requests, taken one after the other when rows come free, and steps until they are finished.
+
+        Yields their events as tokens come, and holds none that is finished. A caller that stops early aborts the rest.
+        on_prefill(done, total) is told of prompt tokens run, a chunk at a time, of the requests taken so far.
         """
-        for request in requests:
-            self._scheduler.check(request)
-        upcoming, mine = deque(requests), set(requests)
-        total, told = sum(len(request.prompt) for request in requests), 0
+        upcoming = iter(requests)
+        following = next(upcoming, None)
+        mine: set[Request] = set()
+        gone = told = total = 0  # tokens of prompts: of finished requests, as told last, of all taken
         try:
             with device.wired_memory():
-                while mine:
-                    while upcoming and self._scheduler.has_room:
-                        self.submit(upcoming.popleft())
+                while mine or following is not None:
+                    while following is not None and len(mine) < 2 * self._config.max_rows and self._scheduler.has_room:
+                        self.submit(following)
+                        mine.add(following)
+                        total += len(following.prompt)
+                        following = next(upcoming, None)
                     for event in self.step():
                         if event.request in mine:
                             yield event
-                    done = sum(request.prefilled for request in requests)
+                    done = gone + sum(request.prefilled for request in mine)
                     if on_prefill is not None and done != told:
                         on_prefill(done, total)
                     told = done
+                    gone += sum(request.prefilled for request in mine if request.is_finished)
                     mine = {request for request in mine if not request.is_finished}
         finally:
             for request in mine:
