@@ -14,6 +14,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
@@ -57,7 +58,9 @@ def measure(rows: int, max_tokens: int, steps: Iterable[Tokens]) -> Measured:
     return Measured(texts, ended)
 
 
-def our_steps(pair: Pair, drafter: DraftModel | None, prompts: list[list[int]], max_tokens: int, k: int) -> Iterator[Tokens]:
+def our_steps(
+    pair: Pair, drafter: DraftModel | None, prompts: list[list[int]], max_tokens: int, k: int
+) -> Iterator[Tokens]:
     """All rows are prefilled together, as the peers do."""
     config = EngineConfig(num_draft_tokens=k, prefill_chunk=len(prompts) * max(map(len, prompts)), prefix_tokens=0)
     engine = Engine(pair.target, drafter, config)
@@ -82,13 +85,16 @@ def cases(prompt: int) -> dict[str, list[list[int]]]:
     return equal | ragged
 
 
-def compare(name: str, runners: dict[str, Callable[[], Measured]], texts: list[list[int]], runs: int) -> None:
+def compare(
+    name: str, rows: int, max_tokens: int, runners: dict[str, Callable[[], Iterable[Tokens]]], texts: list[list[int]],
+    runs: int,
+) -> None:
     """Runs them in turns and prints median and spread; says whose texts differ."""
     speeds: dict[str, list[float]] = {runner: [] for runner in runners}
     differ: set[str] = set()
     for turn in range(runs + 1):
         for runner, run in runners.items():
-            measured = run()
+            measured = measure(rows, max_tokens, run())
             if any(got != text[: len(got)] for got, text in zip(measured.texts, texts, strict=True)):
                 differ.add(runner)
             if turn:
@@ -107,6 +113,7 @@ def main() -> None:
     cli.add_argument("--max-tokens", type=int, default=72, help="with the prompt within the window of 128, beyond "
                      "which mlx-vlm's ragged batches are wrong (default: %(default)s)")
     cli.add_argument("--runs", type=int, default=5)
+    cli.add_argument("--cases", nargs="+", help="only these, such as '8 rows' (default: all)")
     args = cli.parse_args()
     pair = mlx_mtp.load(args.folder / "target", max_context=8192)
     assert pair.drafter is not None
@@ -115,18 +122,20 @@ def main() -> None:
         print(f"{key:10} {value}")
     n = args.max_tokens
     for name, prompts in cases(args.prompt).items():
+        if args.cases and name not in args.cases:
+            continue
+        rows = len(prompts)
         texts = [measure(1, n, our_steps(pair, None, [prompt], n, 0)).texts[0] for prompt in prompts]
         whole = [prompt + text for prompt, text in zip(prompts, texts, strict=True)]
         drafts = replayed_drafts(whole, ACCEPTANCE, pair.target.config.text.vocab_size)
         replay = ReplayDrafter(pair.drafter, drafts)
-        rows = len(prompts)
-        compare(f"{name}, K = {K}", {
-            "ours": lambda: measure(rows, n, our_steps(pair, replay, prompts, n, K)),
-            "mlx-vlm": lambda: measure(rows, n, vlm.steps(prompts, n, drafts, K)),
+        compare(f"{name}, K = {K}", rows, n, {
+            "ours": partial(our_steps, pair, replay, prompts, n, K),
+            "mlx-vlm": partial(vlm.steps, prompts, n, drafts, K),
         }, texts, args.runs)
-        compare(f"{name}, K = 0", {
-            "ours": lambda: measure(rows, n, our_steps(pair, None, prompts, n, 0)),
-            "mlx-lm": lambda: measure(rows, n, lm.steps(prompts, n)),
+        compare(f"{name}, K = 0", rows, n, {
+            "ours": partial(our_steps, pair, None, prompts, n, 0),
+            "mlx-lm": partial(lm.steps, prompts, n),
         }, texts, args.runs)
         mx.clear_cache()
 

@@ -43,7 +43,9 @@ class _Replay(Gemma4AssistantDraftModel):  # type: ignore[misc]
     def filter_batch(self, keep: mx.array) -> None:
         self._rows = [self._rows[i] for i in keep.tolist()]
 
-    def draft_block(self, last: mx.array, hidden: mx.array, cache: Any, block: int, *args: Any, **kwargs: Any) -> mx.array:
+    def draft_block(
+        self, last: mx.array, hidden: mx.array, cache: Any, block: int, *args: Any, **kwargs: Any
+    ) -> mx.array:
         real = super().draft_block(last, hidden, cache, block, *args, **kwargs)
         rows = self._rows
         if hidden.shape[0] != len(rows):  # ragged rows are drafted one by one

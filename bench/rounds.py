@@ -2,8 +2,8 @@
 
     python -m bench.rounds FOLDER            a pair made by bench.medium_pair
 
-Parts: one target pass over B * (K + 1) tokens at that length, with its head; K drafter steps. A round is timed in the
-engine's pipeline. Interleaved: round, pass, step, round, ...
+Parts: one target pass over B * (K + 1) tokens at that length, with its head, and K drafter steps. A round is timed in
+the engine's pipeline. Interleaved in blocks of five: rounds, passes, drafts, rounds, ...
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ from mlx_mtp.kv_cache import KVCache, layer_shapes
 from mlx_mtp.spec_decode.loop import DecodeState, draft, padded, prefill_chunk
 from mlx_mtp.spec_decode.sampler import Sampler
 
+BLOCK = 5
+
 
 def prompts(rows: int, length: int) -> list[list[int]]:
     generator = np.random.default_rng(0)
@@ -43,9 +45,23 @@ def round_timer(pair: Pair, rows: int, length: int, num_draft_tokens: int) -> Ca
         engine.step()
 
     def run() -> float:
+        engine.step()  # one round is in flight when the clock starts, and when it stops
         start = time.perf_counter()
-        engine.step()
-        return time.perf_counter() - start
+        for _ in range(BLOCK):
+            engine.step()
+        seconds = time.perf_counter() - start
+        mx.synchronize()
+        return seconds / BLOCK
+
+    return run
+
+
+def block(work: Callable[[], object]) -> Callable[[], float]:
+    def run() -> float:
+        start = time.perf_counter()
+        for _ in range(BLOCK):
+            work()
+        return (time.perf_counter() - start) / BLOCK
 
     return run
 
@@ -65,44 +81,40 @@ def pass_timer(pair: Pair, rows: int, length: int, num_draft_tokens: int) -> Cal
     state = state_at(pair, rows, length)
     tokens = mx.full((rows, num_draft_tokens + 1), 7)
 
-    def run() -> float:
-        start = time.perf_counter()
+    def work() -> None:
         hidden = pair.target(tokens, state.cache.stage(num_draft_tokens + 1))
         mx.eval(mx.argmax(pair.target.logits(hidden), axis=-1), *state.cache.arrays)
-        return time.perf_counter() - start
 
-    return run
+    return block(work)
 
 
 def draft_timer(pair: Pair, rows: int, length: int, num_draft_tokens: int) -> Callable[[], float]:
     """Seconds of a round's K drafter steps."""
     state = state_at(pair, rows, length)
 
-    def run() -> float:
-        start = time.perf_counter()
-        mx.eval(draft(pair.target, pair.drafter, state, num_draft_tokens, None))
-        return time.perf_counter() - start
-
-    return run
+    return block(lambda: mx.eval(draft(pair.target, pair.drafter, state, num_draft_tokens, None)))
 
 
 def main() -> None:
     cli = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     cli.add_argument("folder", type=Path)
     cli.add_argument("--length", type=int, default=256)
-    cli.add_argument("--runs", type=int, default=40)
+    cli.add_argument("--runs", type=int, default=8)
+    cli.add_argument("--rows", type=int, nargs="+", default=[1, 4, 8])
+    cli.add_argument("--num-draft-tokens", type=int, nargs="+", default=[0, 3, 5])
     args = cli.parse_args()
     pair = mlx_mtp.load(args.folder / "target", max_context=8192)
     for key, value in environment_card().items():
         print(f"{key:10} {value}")
-    for rows in (1, 4, 8):
-        for num_draft_tokens in (0, 3, 5):
-            timers = [make(pair, rows, args.length, num_draft_tokens) for make in (round_timer, pass_timer, draft_timer)]
+    for rows in args.rows:
+        for num_draft_tokens in args.num_draft_tokens:
+            makers = (round_timer, pass_timer, draft_timer)
+            timers = [make(pair, rows, args.length, num_draft_tokens) for make in makers]
             times: list[list[float]] = [[], [], []]
-            for turn in range(args.runs + 5):
+            for turn in range(args.runs + 1):
                 for timer, found in zip(timers, times, strict=True):
                     seconds = timer()
-                    if turn >= 5:
+                    if turn:
                         found.append(seconds)
             one, verify, drafts = (1e3 * statistics.median(found) for found in times)
             print(f"rows {rows}  K {num_draft_tokens}  round {one:7.2f} ms  pass {verify:7.2f}  drafts {drafts:6.2f}  "

@@ -56,9 +56,10 @@ def stall(pair: Pair) -> None:
     alone.submit(request_of(prompt_of(4000, generator), SamplingParams(8)))
     chunks = [timed(alone.step) for _ in range(7)]
     round_, chunk = statistics.median(plain), max(chunks)
-    print(f"round {1e3 * round_:.1f} ms; prefill chunk alone {1e3 * statistics.median(chunks):.1f} ms (last {1e3 * chunk:.1f}); "
-          f"steps while the prompt came: median {1e3 * statistics.median(steps):.1f}, longest {1e3 * max(steps):.1f} ms = "
-          f"{max(steps) / (chunk + round_):.2f} x (chunk + round); rows served in each step: at least {fewest} of 7")
+    print(f"round {1e3 * round_:.1f} ms; prefill chunk alone: median {1e3 * statistics.median(chunks):.1f}, longest "
+          f"{1e3 * chunk:.1f} ms; steps while the prompt came: median {1e3 * statistics.median(steps):.1f}, longest "
+          f"{1e3 * max(steps):.1f} ms = {max(steps) / (chunk + round_):.2f} x (chunk + round); rows served in each step: "
+          f"at least {fewest} of 7")
 
 
 def timed(step: Callable[[], object]) -> float:

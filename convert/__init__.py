@@ -6,6 +6,7 @@ Sources are read tensor by tensor, so that memory bounds neither the source nor 
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 __all__ = ["convert"]
 
 
-def convert(hf_path: str, **settings: Any) -> Conversion:
+def convert(hf_path: str | Path, **settings: Any) -> Conversion:
     """Converts a checkpoint; `settings` are the fields of `settings.ConvertConfig`, which has the defaults.
 
     Notes go to stderr. Raises MtpError, after which the output is as it was before.
@@ -27,4 +28,4 @@ def convert(hf_path: str, **settings: Any) -> Conversion:
     if unknown:
         raise RequestError(f"unknown setting {unknown[0]!r}; expected one of "
                            f"{', '.join(ConvertConfig.__dataclass_fields__)}")
-    return run.run(ConvertConfig(hf_path, **settings), lambda line: print(line, file=sys.stderr))
+    return run.run(ConvertConfig(str(hf_path), **settings), lambda line: print(line, file=sys.stderr))

@@ -33,6 +33,7 @@ from rich.progress import (
 from mlx_mtp.checkpoint.hub import WANTED_FILES, client_errors, quiet_client
 from mlx_mtp.errors import CheckpointError
 
+CONVERTED_FILES = [*WANTED_FILES, "README.md"]  # whose licence the result's card passes on
 PICKLES = frozenset((".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib"))
 SHA256 = re.compile(r"[0-9a-f]{64}")
 CHUNK = 2**22  # bytes read at once for a hash
@@ -124,7 +125,7 @@ def download(name: str, revision: str | None, show_progress: bool) -> Path:
         with quiet_client(show_bars=False):
             commit, files = listing(name, revision)
             if commit is None:
-                return Path(snapshot_download(name, revision=revision, allow_patterns=WANTED_FILES,
+                return Path(snapshot_download(name, revision=revision, allow_patterns=CONVERTED_FILES,
                                               local_files_only=True))
             check_weights([file.path for file in files], name)
             cache = _cache(name, commit)
@@ -137,7 +138,7 @@ def download(name: str, revision: str | None, show_progress: bool) -> Path:
                 _fetch_all(name, cache, large, show_progress)
         others = [file for file in missing if file not in large]
         with quiet_client(show_progress and any(file.sha256 for file in others)):
-            folder = Path(snapshot_download(name, revision=revision, allow_patterns=WANTED_FILES))
+            folder = Path(snapshot_download(name, revision=revision, allow_patterns=CONVERTED_FILES))
     if folder.name != commit:
         raise CheckpointError(f"{name} on the Hub was changed while it was downloaded: run the command again")
     for file in others:
@@ -158,7 +159,7 @@ def listing(name: str, revision: str | None) -> tuple[str | None, list[RemoteFil
         raise
     except Exception as error:  # the Hub is away or refuses: as for loading, a whole copy in the cache is enough
         try:
-            snapshot_download(name, revision=revision, allow_patterns=WANTED_FILES, local_files_only=True)
+            snapshot_download(name, revision=revision, allow_patterns=CONVERTED_FILES, local_files_only=True)
         except errors.LocalEntryNotFoundError:
             if isinstance(error, errors.HfHubHTTPError):
                 raise error from None
@@ -196,7 +197,7 @@ def _cache(name: str, commit: str) -> Cache:
 
 
 def _is_wanted(file: RemoteFile) -> bool:
-    return any(fnmatch(file.path, pattern) for pattern in WANTED_FILES)
+    return any(fnmatch(file.path, pattern) for pattern in CONVERTED_FILES)
 
 
 def _is_resumable(file: RemoteFile) -> bool:

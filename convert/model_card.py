@@ -19,9 +19,9 @@ class Card:
     """What a card is about.
 
     name: of the output, as one would load it (its folder's name, or owner/name); source: as the user named it;
-    source_folder: where its files are; revision: the commit, if from the Hub. command: that made it. drafter: the name
-    of the pair's drafter, None without; is_drafter: this is the drafter's own card. has_towers: vision and audio were
-    kept.
+    source_folder: where its files are; revision: the commit, if from the Hub. command: that made it. drafter, target:
+    the names of what was converted with it, None without; is_drafter: this is the drafter's own card. has_towers: vision
+    and audio were kept.
     """
 
     name: str
@@ -30,6 +30,7 @@ class Card:
     command: str
     revision: str | None = None
     drafter: str | None = None
+    target: str | None = None
     is_drafter: bool = False
     has_towers: bool = False
 
@@ -93,7 +94,7 @@ def _origin(card: Card, complaint: str | None) -> str:
 def _usage(card: Card) -> str:
     run = "python -m mlx_mtp.generate --model"
     if card.is_drafter:
-        target = card.name.removesuffix("-assistant")
+        target = card.target or "TARGET"
         return "\n".join(["## Use", "", "It drafts for its target and does nothing alone:", "",
                           *_bash(f'{run} {target} --draft-model {card.name} -p "Hello"')])
     draft = f" --draft-model {card.drafter}" if card.drafter else ""

@@ -206,8 +206,15 @@ def _full_dtype(packed: list[Readable], arrays: Mapping[str, Readable], settings
 def _tower_jobs(headers: Headers, raw: Mapping[str, Any], folder: Path, dtype: mx.Dtype | None) -> list[Job]:
     """Vision and audio tensors are copied; what is quantized among them is written in full, for its settings are not
     those of the text."""
-    towers = {name: tensor for tensors in headers.values() for source_name, tensor in tensors.items()
-              if (name := tower_name(source_name)) is not None}
+    towers: dict[str, Readable] = {}
+    for file, tensors in headers.items():
+        for source_name, tensor in tensors.items():
+            name = tower_name(source_name)
+            if name in towers:
+                raise CheckpointError(f"{file}: tensor {source_name} is there twice, also under another name: delete "
+                                      "the one that does not belong here")
+            if name is not None:
+                towers[name] = tensor
     quantization: Mapping[str, Any] = raw.get("quantization") or {}
     overrides = {tower_name(path) or path: value for path, value in quantization.items()}
     jobs = []
@@ -222,6 +229,8 @@ def _tower_jobs(headers: Headers, raw: Mapping[str, Any], folder: Path, dtype: m
                                         f"{folder / 'config.json'}: quantization of {module}")
             full = written_dtype(scales.dtype, dtype) if mx.issubdtype(scales.dtype, mx.floating) else mx.bfloat16
             jobs.append(job_of.dequantized(module, packed, recipes.VISION_AND_AUDIO, full, stored))
+        elif f"{module}.weight" not in towers:
+            raise CheckpointError(f"{tensor.file}: tensor {tensor.name} is there without its weight: download it again")
     return jobs
 
 

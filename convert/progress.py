@@ -48,5 +48,5 @@ def steps_bar(text: str) -> Iterator[Bar]:
 def _progress(*columns: BarColumn | DownloadColumn | MofNCompleteColumn | TimeRemainingColumn | TransferSpeedColumn
               ) -> Progress:
     console = Console(stderr=True)
-    return Progress(TextColumn("{task.description}"), BarColumn(), *columns, console=console, transient=True,
-                    disable=not console.is_terminal)
+    return Progress(TextColumn("{task.description}", markup=False), BarColumn(), *columns, console=console,
+                    transient=True, disable=not console.is_terminal)

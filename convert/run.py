@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -18,6 +17,7 @@ from mlx_mtp.convert import dry_run, workplace
 from mlx_mtp.convert.model_card import Card, model_card, source_metadata
 from mlx_mtp.convert.plan import INDEX, PartPlan, is_drafter, plan_part
 from mlx_mtp.convert.progress import bytes_bar, steps_bar
+from mlx_mtp.convert.recipes import VISION_AND_AUDIO
 from mlx_mtp.convert.report import Report, table
 from mlx_mtp.convert.settings import ConvertConfig
 from mlx_mtp.convert.source import Source, fetch, fetch_drafter
@@ -65,6 +65,12 @@ class _Pair:
     plans: Mapping[str, PartPlan]
     outputs: Mapping[str, Path]
 
+    def loaded_as(self, part: str, upload_repo: str | None) -> str:
+        """What a part is loaded by afterwards: its repository on the Hub if it is uploaded, else its folder's name."""
+        if upload_repo is None:
+            return self.outputs[part].name
+        return upload_repo + ("-assistant" if part == "assistant" and len(self.outputs) > 1 else "")
+
     @property
     def fingerprint_parts(self) -> list[object]:
         parts: list[object] = []
@@ -82,16 +88,21 @@ def run(settings: ConvertConfig, notify: Notify) -> Conversion:
     Raises MtpError for whatever is wrong with the source, the settings or the output; then nothing is left behind.
     Only if verifying fails, or if there is no room to go on from an earlier run's shards, these stay for the next run.
     """
-    output = Path(os.path.abspath(Path(settings.mlx_path).expanduser()))
-    if not output.name:
-        raise OutputError(f"the output {output} is the root of a file system; expected a folder in it")
+    try:
+        return _run(settings, notify)
+    except OSError as error:  # of a file or folder that may not be looked at, or has a name that cannot be
+        raise OutputError(f"the file system refuses ({workplace.said(error)}): check that file or folder") from error
+
+
+def _run(settings: ConvertConfig, notify: Notify) -> Conversion:
+    output = workplace.output_folder(settings.mlx_path)
     place = Workplace.of({"target": output})
     if not settings.dry_run and not place.is_committed:
         workplace.check_output(output, settings.force)  # before anything is downloaded
     if settings.upload_repo is not None:
         check_upload(settings.upload_repo)
     pair = _plan(settings, output, notify)
-    for folder in pair.outputs.values():
+    for folder in (*pair.outputs.values(), place.folder):
         for source in pair.sources.values():
             workplace.check_apart(folder, source.folder)
     if settings.dry_run:
@@ -101,8 +112,7 @@ def run(settings: ConvertConfig, notify: Notify) -> Conversion:
     report = _written(settings, pair, notify)
     if settings.upload_repo is not None:
         for part, folder in pair.outputs.items():
-            repository = settings.upload_repo + ("-assistant" if part == "assistant" and len(pair.outputs) > 1 else "")
-            notify(f"uploaded to {upload(folder, repository)}")
+            notify(f"uploaded to {upload(folder, pair.loaded_as(part, settings.upload_repo))}")
     return Conversion(pair.plans, pair.outputs, report)
 
 
@@ -114,9 +124,11 @@ def _plan(settings: ConvertConfig, output: Path, notify: Notify) -> _Pair:
         return _Pair({"assistant": source}, {"assistant": plan}, {"assistant": output})
     sources, outputs = {"target": source}, {"target": output}
     plans = {"target": plan_part(source.folder, "target", settings)}
-    drafter = _drafter(settings, source, notify)
+    drafter, beside = _drafter(settings, source, notify), output.with_name(f"{output.name}-assistant")
+    if drafter is None and beside.is_dir():
+        notify(f"note: {beside} is there and stays: it will be taken for the drafter of what is written now")
     if drafter is not None:
-        outputs["assistant"] = output.with_name(f"{output.name}-assistant")
+        outputs["assistant"] = beside
         sources["assistant"] = drafter
         plans["assistant"] = plan_part(drafter.folder, "drafter", settings, is_companion=True)
         target_config, drafter_config = plans["target"].parsed, plans["assistant"].parsed
@@ -147,6 +159,7 @@ def _drafter(settings: ConvertConfig, source: Source, notify: Notify) -> Source 
 def _written(settings: ConvertConfig, pair: _Pair, notify: Notify) -> Report | None:
     """Writes and verifies everything in the workplace, then puts it into place."""
     place, mark = Workplace.of(pair.outputs), fingerprint(settings, pair)
+    not_there = [folder for folder in place.folder.parents if not folder.exists()]
     if place.is_committed:
         with place.locked():
             recovered = place.recover()
@@ -159,7 +172,7 @@ def _written(settings: ConvertConfig, pair: _Pair, notify: Notify) -> Report | N
     with place.locked():
         if place.is_committed:  # another process was, a moment ago, where this one was just now
             raise OutputError(f"another conversion into {settings.mlx_path} was cut off: run the command again")
-        with _discarding(place):
+        with _discarding(place, not_there):
             place.resume(mark)
             _write(settings, pair, place)
             report = _verified(settings, pair, place, notify)
@@ -195,22 +208,25 @@ def _write(settings: ConvertConfig, pair: _Pair, place: Workplace) -> None:
 
 
 @contextmanager
-def _discarding(place: Workplace) -> Iterator[None]:
-    """Leaves nothing behind if the source or the disk fails; what the user interrupts stays, to be gone on with."""
+def _discarding(place: Workplace, not_there: Sequence[Path]) -> Iterator[None]:
+    """Leaves nothing behind if the source or the disk fails; what the user interrupts stays, to be gone on with.
+
+    not_there: the folders around it that were made for it, the innermost first.
+    """
     try:
         yield
     except _KeptError:
         raise
     except MtpError:
-        place.discard()
+        place.discard(not_there)
         raise
     except OSError as error:
-        place.discard()
+        place.discard(not_there)
         where = place.folder.parent
         if error.errno in workplace.NO_SPACE:
             raise OutputError(f"{where} has no space left: free some, or choose a --mlx-path on another disk; nothing "
                               "was kept") from error
-        raise OutputError(f"writing into {where} failed ({error.strerror or error}): check that disk") from error
+        raise OutputError(f"writing into {where} failed ({workplace.said(error)}): check that disk or file") from error
 
 
 class _KeptError(OutputError):
@@ -237,10 +253,12 @@ def _verified(settings: ConvertConfig, pair: _Pair, place: Workplace, notify: No
 
 def _describe(settings: ConvertConfig, pair: _Pair, part: str, folder: Path, report: Report | None) -> None:
     """Writes the card, and the report if there is one."""
-    source, output = pair.sources[part], pair.outputs[part]
-    card = Card(output.name, source.name, source.folder, settings.command, source.revision,
-                drafter=pair.outputs["assistant"].name if part == "target" and "assistant" in pair.outputs else None,
-                is_drafter=part == "assistant", has_towers=settings.keep_towers and part == "target")
+    source, has_drafter = pair.sources[part], part == "target" and "assistant" in pair.outputs
+    card = Card(pair.loaded_as(part, settings.upload_repo), source.name, source.folder, settings.command,
+                source.revision, drafter=pair.loaded_as("assistant", settings.upload_repo) if has_drafter else None,
+                target=pair.loaded_as("target", settings.upload_repo) if "target" in pair.outputs else None,
+                is_drafter=part == "assistant",
+                has_towers=any(job.module_class == VISION_AND_AUDIO for job in pair.plans[part].jobs))
     workplace.write_durably(folder / CARD, model_card(card, report))
     if report is not None:
         workplace.write_durably(folder / REPORT, report.to_json())

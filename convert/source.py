@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,7 +36,7 @@ def fetch(name: str, revision: str | None, show_progress: bool) -> Source:
     show_progress: bars on stderr while downloading, if that is a terminal. Raises CheckpointError, see `download`.
     """
     is_kaggle = name.startswith(KAGGLE)
-    if is_kaggle or not HUB_NAME.fullmatch(name) or Path(name).expanduser().exists():
+    if is_kaggle or not HUB_NAME.fullmatch(name) or os.path.exists(os.path.expanduser(name)):
         if revision is not None:
             raise CheckpointError(f"revision {revision!r} was given for {name}, but only the Hub's repositories have "
                                   "revisions: leave it out" + (" (a Kaggle version stands at the end of the handle)"

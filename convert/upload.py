@@ -11,8 +11,15 @@ from mlx_mtp.errors import CheckpointError
 def check_upload(repository: str) -> None:
     """Raises CheckpointError for what can be known before a conversion: a wrong name, nobody logged in."""
     from huggingface_hub import get_token
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
 
-    if not HUB_NAME.fullmatch(repository):
+    try:
+        validate_repo_id(repository)
+        is_name = HUB_NAME.fullmatch(repository) is not None
+    except HFValidationError:
+        is_name = False
+    if not is_name:
         raise CheckpointError(f"{repository!r} is not the name of a repository on the Hub: expected owner/name")
     if get_token() is None:
         raise CheckpointError(f"uploading to {repository} needs a login: run `hf auth login` with a token that may "

@@ -90,6 +90,10 @@ class Workplace:
                 os.close(descriptor)
                 raise OutputError(f"another conversion into {next(iter(self.outputs.values()))} is running: wait for "
                                   "it, or choose another --mlx-path") from error
+            except OSError as error:  # some network file systems
+                os.close(descriptor)
+                raise OutputError(f"no file can be locked in {self.folder} ({error.strerror}): choose a --mlx-path on "
+                                  "another disk") from error
             with suppress(FileNotFoundError):
                 if os.stat(self.folder / LOCK).st_ino == os.fstat(descriptor).st_ino:
                     return descriptor
@@ -151,8 +155,8 @@ class Workplace:
         try:
             yield
         except OSError as error:
-            raise OutputError(f"moving the result into {self.folder.parent} failed ({error.strerror}): mend that and "
-                              "run the command again, nothing is lost") from error
+            raise OutputError(f"moving the result into {self.folder.parent} failed ({said(error)}): mend that "
+                              "and run the command again, nothing is lost") from error
 
     def _move(self, moves: Sequence[tuple[str, Path]], force: bool) -> None:
         for part, output in moves:  # an output that is there is the old one as long as the new one is here
@@ -166,8 +170,11 @@ class Workplace:
                 os.rename(self.draft(part), output)
         sync(self.folder.parent)
 
-    def discard(self) -> None:
-        """Deletes the folder, the commit last, so that a half-deleted folder still says what it is."""
+    def discard(self, made: Sequence[Path] = ()) -> None:
+        """Deletes the folder, the commit last, so that a half-deleted folder still says what it is.
+
+        made: folders around it to be deleted too, the innermost first, if nothing else is in them.
+        """
         self._clear()
         for name in (PLAN, COMMIT, LOCK):
             (self.folder / name).unlink(missing_ok=True)
@@ -176,6 +183,9 @@ class Workplace:
         except OSError as error:
             if error.errno != errno.ENOTEMPTY:  # the next conversion has begun in it
                 raise
+        with suppress(OSError):
+            for folder in made:
+                folder.rmdir()
 
     def _clear(self) -> None:
         for path in self.folder.iterdir():
@@ -187,6 +197,18 @@ class Workplace:
                 path.unlink()
 
 
+def output_folder(name: str) -> Path:
+    """The folder `name` as an absolute path, links kept. Raises OutputError for one that cannot be an output."""
+    path = os.path.expanduser(name)
+    if path.startswith("~"):
+        raise OutputError(f"the output {name} is in the home of a user whom this computer does not know; expected a "
+                          "folder (./~… for one whose own name begins so)")
+    output = Path(os.path.abspath(path))
+    if not output.name:
+        raise OutputError(f"the output {output} is the root of a file system; expected a folder in it")
+    return output
+
+
 def check_output(output: Path, force: bool) -> None:
     """Raises OutputError unless `output` is free, or `force` allows to replace the checkpoint that is there."""
     if not os.path.lexists(output):
@@ -195,7 +217,11 @@ def check_output(output: Path, force: bool) -> None:
         raise OutputError(f"{output} is there already: choose another --mlx-path, or replace it with --force")
     if output.is_symlink() or not output.is_dir():
         raise OutputError(f"{output} is not a folder; --force replaces checkpoints only: choose another --mlx-path")
-    if any(output.iterdir()) and not (output / "config.json").is_file():
+    if os.path.ismount(output):  # known here rather than when everything is to be moved to its place
+        raise OutputError(f"{output} is where a disk is mounted, and cannot be replaced: choose a folder in it as "
+                          "--mlx-path")
+    is_checkpoint = (output / "config.json").is_file() and any(output.glob("*.safetensors"))
+    if any(output.iterdir()) and not is_checkpoint:
         raise OutputError(f"{output} holds something else than a checkpoint, and --force replaces checkpoints only: "
                           "choose another --mlx-path")
 
@@ -215,6 +241,12 @@ def check_space(folder: Path, needed: int) -> None:
     if needed > free:
         raise OutputError(f"{folder.parent} has {free / 1e6:,.1f} MB free, and {needed / 1e6:,.1f} MB will be written: "
                           "free some, or choose a --mlx-path on another disk")
+
+
+def said(error: OSError) -> str:
+    """What the file system complains about, and about which file if it says so."""
+    complaint = error.strerror or str(error)
+    return complaint if error.filename is None else f"{complaint}: {error.filename}"
 
 
 def write_durably(path: Path, text: str) -> None:

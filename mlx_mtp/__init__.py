@@ -1,6 +1,6 @@
 """mlx_mtp: Gemma 4 with its Multi-Token Prediction drafter on MLX, faster and with exactly the same text."""
 
-from mlx_mtp.api import Pair, Result, Segment, generate, load, score, stream_generate
+from mlx_mtp.api import Pair, Result, Segment, generate, load, new_engine, new_request, score, stream_generate
 from mlx_mtp.config import SamplingParams
 from mlx_mtp.errors import (
     CheckpointError,
@@ -8,6 +8,7 @@ from mlx_mtp.errors import (
     MemoryBudgetError,
     MtpError,
     PairError,
+    QueueFullError,
     RequestError,
 )
 
@@ -20,12 +21,15 @@ __all__ = [
     "MtpError",
     "Pair",
     "PairError",
+    "QueueFullError",
     "RequestError",
     "Result",
     "SamplingParams",
     "Segment",
     "generate",
     "load",
+    "new_engine",
+    "new_request",
     "score",
     "stream_generate",
 ]

@@ -183,7 +183,10 @@ def check(pair: Pair, prompt: Prompt | Sequence[Prompt], **settings: Any) -> Non
 
 
 def new_engine(pair: Pair, **settings: Any) -> Engine:
-    """What runs requests of this pair. settings: the fields of EngineConfig; reads no weight."""
+    """What runs requests of this pair: submit them from any thread, step on one. Reads no weight.
+
+    settings: the fields of EngineConfig, such as max_rows. Raises RequestError for impossible ones.
+    """
     return Engine(pair.target, pair.drafter, EngineConfig(**settings))
 
 

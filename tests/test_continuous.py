@@ -137,8 +137,22 @@ def test_abort_frees_a_request_in_any_state_within_a_round(state: str) -> None:
     events = engine.step()
     assert [event.request for event in events if event.request.is_finished] == [request]
     assert request.finish_reason == "aborted"
+    engine.step()
     assert not engine.abort(request.id)
     assert engine.active_rows == (1 if state == "waiting" else 0)
+
+
+def test_aborting_what_has_finished_or_never_was_does_nothing() -> None:
+    target, drafter = golden_pair("dense")
+    engine = Engine(target, drafter, EngineConfig())
+    request = Request([2, 3], SamplingParams(3), frozenset(), 4096)
+    engine.submit(request)
+    while not request.is_finished:
+        engine.step()
+    engine.abort(request.id)
+    assert not engine.abort(77)
+    assert engine.step() == []
+    assert (request.finish_reason, engine.is_idle) == ("length", True)
 
 
 def test_a_long_prompt_holds_running_rows_up_by_one_chunk_a_round() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shlex
 import subprocess
@@ -11,9 +12,11 @@ from pathlib import Path
 
 import pytest
 from convert_support import complaint, convert, everything_in, read_json, source_pair, tensors
+from rich.console import Console
 
 from mlx_mtp.checkpoint.loader import load_drafter
 from mlx_mtp.convert import convert as convert_from_python
+from mlx_mtp.convert import progress, run
 from mlx_mtp.convert.__main__ import parser
 from mlx_mtp.convert.settings import ConvertConfig
 from mlx_mtp.errors import RequestError
@@ -108,8 +111,6 @@ def test_a_quantized_drafter_that_comes_along_stays_as_it_is(
 def test_what_verifying_cannot_do_keeps_the_conversion_for_a_run_without(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mlx_mtp.convert import run
-
     source = source_pair("unified", tmp_path)
 
     def fail(*_: object, **__: object) -> None:
@@ -122,6 +123,41 @@ def test_what_verifying_cannot_do_keeps_the_conversion_for_a_run_without(
     inode = shard.stat().st_ino
     assert convert(source, tmp_path / "out", "-q") == 0
     assert (tmp_path / "out" / shard.name).stat().st_ino == inode
+
+
+def test_the_cards_of_an_uploaded_pair_name_its_repositories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    uploads: dict[str, Path] = {}
+    monkeypatch.setattr(run, "check_upload", lambda name: None)
+    monkeypatch.setattr(run, "upload", lambda folder, name: uploads.setdefault(name, folder))
+    assert convert(source_pair("unified", tmp_path), tmp_path / "out", "-q", "--upload-repo=me/gem-4bit") == 0
+    assert uploads == {"me/gem-4bit": tmp_path / "out", "me/gem-4bit-assistant": tmp_path / "out-assistant"}
+    for folder in uploads.values():
+        assert "--model me/gem-4bit --draft-model me/gem-4bit-assistant" in (folder / "README.md").read_text()
+
+
+def test_a_card_speaks_of_images_only_if_there_were_towers_to_keep(tmp_path: Path) -> None:
+    assert convert(source_pair("edge", tmp_path), tmp_path / "text", "--no-draft") == 0
+    for source, is_kept in (("edge", True), ("text", False)):
+        assert convert(tmp_path / source, tmp_path / f"{source}-out", "--no-draft", "--keep-towers") == 0
+        assert ("mlx_vlm" in (tmp_path / f"{source}-out" / "README.md").read_text()) is is_kept
+
+
+def test_a_drafter_that_an_earlier_conversion_left_is_told_of(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = source_pair("unified", tmp_path)
+    assert convert(source, tmp_path / "out") == 0
+    capsys.readouterr()
+    assert convert(source, tmp_path / "out", "-q", "--no-draft", "--force") == 0
+    assert "out-assistant is there and stays: it will be taken for the drafter" in capsys.readouterr().err
+
+
+def test_a_bar_shows_a_name_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = io.StringIO()
+    monkeypatch.setattr(progress, "Console", lambda stderr: Console(file=shown, force_terminal=True, width=100))
+    with progress.bytes_bar("converting gem[old]/[/new]", 10) as bar:
+        bar.advance(10)
+    assert "gem[old]/[/new]" in shown.getvalue()
 
 
 def test_an_unknown_setting_from_python_is_refused() -> None:

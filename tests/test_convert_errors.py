@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -160,6 +161,8 @@ BAD_SOURCES: dict[str, tuple[Callable[[Path], object], str]] = {
     "minus infinity": (change_tensor(Q_PROJ, with_number(-float("inf"))), rf"tensor {Q_PROJ} holds NaN or infinity"),
     "architecture": (lambda source: change_json(source / "config.json", model_type="llama"),
                      r"model_type 'llama' is not supported as a target; expected one of gemma4"),
+    "quantization of another kind": (lambda source: change_json(source / "config.json", quantization="4bit"),
+                                     r"quantization is '4bit'; expected an object"),
     "foreign quantization": (lambda source: change_json(source / "config.json", quantization_config={
         "quant_method": "gptq"}), r"quant_method 'gptq' is not supported"),
     "pickles": (only_pickles, r"(pickle|pytorch_model\.bin)"),
@@ -173,7 +176,7 @@ def test_a_bad_source_is_one_line_and_nothing_is_written(
 ) -> None:
     spoil(source)
     before = everything_in(tmp_path)
-    assert re.search(pattern, complaint(capsys, source, tmp_path / "out", "-q"))
+    assert re.search(pattern, complaint(capsys, source, tmp_path / "new" / "folder" / "out", "-q"))
     assert everything_in(tmp_path) == before
 
 
@@ -278,9 +281,15 @@ def test_output_that_is_there_is_replaced_only_with_force(
     assert everything_in(tmp_path).keys() == before.keys()
 
 
+def project_with_a_config(path: Path) -> None:
+    path.mkdir()
+    for name in ("config.json", "precious.py"):
+        (path / name).write_text("{}")
+
+
 @pytest.mark.parametrize("make", [
     lambda path: path.write_text("a file"), lambda path: (path / "photos").mkdir(parents=True),
-    lambda path: path.symlink_to(path.parent),
+    lambda path: path.symlink_to(path.parent), project_with_a_config,
 ])
 def test_force_replaces_checkpoints_only(
     make: Callable[[Path], object], source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -296,7 +305,8 @@ def test_output_and_source_must_not_overlap(
     where: str, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     change_json(source / "config.json")
-    (tmp_path / "config.json").write_text("{}")  # so that --force would take the folder around it for a checkpoint
+    for name in ("config.json", "model.safetensors"):  # so that --force takes the folder around it for a checkpoint
+        (tmp_path / name).write_text("{}")
     before = everything_in(tmp_path)
     assert re.search(r"overlap", complaint(capsys, source, tmp_path / where, "--force"))
     assert everything_in(tmp_path) == before
@@ -309,6 +319,49 @@ def test_a_place_that_cannot_be_written_is_one_line(
     before = everything_in(tmp_path)
     assert "cannot be written" in complaint(capsys, source, tmp_path / "file" / "out")
     assert "cannot be written" in complaint(capsys, source, Path("/proc/out"))
+    assert everything_in(tmp_path) == before
+
+
+def test_a_mounted_disk_is_not_replaced_and_that_is_known_before_anything_is_converted(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "disk").mkdir()
+    before = everything_in(tmp_path)
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == tmp_path / "disk")
+    assert "is where a disk is mounted" in complaint(capsys, source, tmp_path / "disk", "--force")
+    assert everything_in(tmp_path) == before
+    assert convert(source, tmp_path / "disk" / "out") == 0
+
+
+LONG = "x" * 300
+
+
+@pytest.mark.parametrize(("source_name", "output_name", "pattern"), [
+    ("dense", LONG, r"the file system refuses \(File name too long: .*\): check"),
+    (LONG, "out", r"no folder .*x, and it is not a Hub name"),
+    ("~nobody-here/x/y", "out", r"no folder ~nobody-here/x/y, and it is not a Hub name"),
+    ("dense", "~nobody-here/x", r"is in the home of a user whom this computer does not know"),
+])
+def test_a_name_that_the_system_does_not_take_is_one_line(
+    source_name: str, output_name: str, pattern: str, source: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    before = everything_in(tmp_path)
+    assert re.search(pattern, complaint(capsys, Path(source_name), Path(output_name)))
+    assert everything_in(tmp_path) == before
+
+
+def test_a_file_that_cannot_be_copied_is_named(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = everything_in(tmp_path)
+
+    def refuse(path: Path, target: Path) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(workplace.shutil, "copyfile", refuse)
+    assert re.search(r"Permission denied: .*generation_config\.json\)", complaint(capsys, source, tmp_path / "out"))
     assert everything_in(tmp_path) == before
 
 

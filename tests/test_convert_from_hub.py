@@ -35,6 +35,7 @@ def test_a_conversion_whose_download_broke_off_goes_on_and_its_folder_loads(tmp_
     with serving(tmp_path / "served") as hub:
         for name, source in {"me/demo": demo.TARGET, "me/demo-assistant": drafter}.items():
             hub.repositories[name] = Path(shutil.copytree(source, tmp_path / "served" / name))
+        (hub.repositories["me/demo"] / "README.md").write_text("---\nlicense: apache-2.0\n---\nA card.\n")
         hub.cuts["model.safetensors"] = [1_000_000, *[0] * 5]
         broken = convert(tmp_path, hub, *command)
         assert broken.returncode == 2
@@ -48,6 +49,7 @@ def test_a_conversion_whose_download_broke_off_goes_on_and_its_folder_loads(tmp_
     assert (done.returncode, done.stderr) == (0, "")
     assert hub.ranges == [("model.safetensors", "bytes=1000000-"), ("model.safetensors", None)]
     assert COMMIT in (output / "README.md").read_text()
+    assert "license: apache-2.0" in (output / "README.md").read_text()
     assert json.loads((output / "config.json").read_text())["quantization"]["bits"] == 4
     pair = load(output)
     assert pair.drafter is not None

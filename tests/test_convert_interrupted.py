@@ -22,7 +22,7 @@ from typing import Any, NoReturn
 import pytest
 from convert_support import complaint, convert, everything_in, source_pair
 
-from mlx_mtp.convert import shards, stream
+from mlx_mtp.convert import shards, stream, workplace
 from mlx_mtp.convert.workplace import Workplace
 
 Folder = Mapping[str, bytes | None]
@@ -245,6 +245,24 @@ def test_a_second_conversion_into_the_same_output_is_refused(
         assert "another conversion into" in complaint(capsys, source, tmp_path / "out")
     assert convert(source, tmp_path / "out") == 0
     assert not (tmp_path / ".out.partial").exists()
+
+
+def test_what_is_being_written_is_no_source(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    unfinished = shutil.copytree(source_pair("unified", tmp_path), tmp_path / ".out.partial" / "target")
+    (tmp_path / ".out.partial" / "lock").touch()
+    before = everything_in(tmp_path)
+    assert "overlap" in complaint(capsys, unfinished, tmp_path / "out")
+    assert everything_in(tmp_path) == before
+
+
+def test_a_file_system_without_locks_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> NoReturn:
+        raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
+
+    monkeypatch.setattr(workplace.fcntl, "flock", refuse)
+    assert "no file can be locked in" in complaint(capsys, source_pair("unified", tmp_path), tmp_path / "out")
 
 
 def test_a_commit_never_replaces_what_appeared_meanwhile(

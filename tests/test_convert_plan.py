@@ -17,7 +17,7 @@ from mlx_mtp.convert import recipes
 from mlx_mtp.convert.plan import PartPlan, plan_part, read_headers
 from mlx_mtp.convert.settings import ConvertConfig
 from mlx_mtp.convert.written_config import written_config
-from mlx_mtp.errors import RequestError
+from mlx_mtp.errors import CheckpointError, RequestError
 
 PARTS = {"target": "target", "assistant": "drafter"}
 
@@ -205,6 +205,17 @@ def test_towers_are_kept_only_when_asked_for() -> None:
     towers = [job for job in with_them.jobs if job.module_class == recipes.VISION_AND_AUDIO]
     assert len(towers) == len(without.dropped) - len(with_them.dropped)
     assert not [job for job in towers if job.quantization is not None]
+
+
+def test_a_vision_tensor_under_two_names_or_without_its_weight_is_an_error(tmp_path: Path) -> None:
+    source = source_pair("edge", tmp_path)
+    tower = next(name for name in tensors(source) if name.startswith("model.vision_tower"))
+    save(source, {tower.removeprefix("model."): tensors(source)[tower]}, "other.safetensors")
+    with pytest.raises(CheckpointError, match=r"is there twice, also under another name"):
+        plan(source, keep_towers=True)
+    save(source, {"model.vision_tower.x.scales": mx.zeros((2, 2))}, "other.safetensors")
+    with pytest.raises(CheckpointError, match=r"vision_tower\.x\.scales is there without its weight"):
+        plan(source, keep_towers=True)
 
 
 def test_settings_of_the_drafter_follow_the_mode_where_the_mode_has_those_bits() -> None:

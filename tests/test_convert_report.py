@@ -136,9 +136,14 @@ def test_the_card_of_a_pair_runs_it_with_its_drafter() -> None:
     text = model_card(replace(CARD, drafter="gemma-4-26b-4bit-assistant"), REPORT)
     assert "--model gemma-4-26b-4bit --draft-model gemma-4-26b-4bit-assistant" in text
     assert "- speculative-decoding" in front_matter(text)
-    drafters = model_card(replace(CARD, name="x-4bit-assistant", is_drafter=True), None)
+    drafters = model_card(replace(CARD, name="x-4bit-assistant", is_drafter=True, target="x-4bit"), None)
     assert "--model x-4bit --draft-model x-4bit-assistant" in drafters
     assert "mlx_lm" not in drafters
+
+
+def test_the_card_of_a_drafter_alone_leaves_its_targets_name_open() -> None:
+    card = model_card(replace(CARD, name="x-assistant", is_drafter=True), None)
+    assert "--model TARGET --draft-model x-assistant" in card
 
 
 def test_a_folders_path_is_no_base_model_but_the_sources_own_is(tmp_path: Path) -> None:

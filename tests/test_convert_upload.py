@@ -36,11 +36,13 @@ def test_every_file_of_the_folder_arrives_and_the_address_is_returned(
 
 
 def test_without_a_login_nothing_is_sent(tmp_path: Path, hub: FakeHub, folder: Path) -> None:
-    calls = f"upload(Path({str(folder)!r}), 'me/gem-4bit')", "check_upload('me/gem-4bit')", "check_upload('gem-4bit')"
-    sent, checked, name = ask(tmp_path, hub, *calls, prepare=IMPORTS)
+    calls = (f"upload(Path({str(folder)!r}), 'me/gem-4bit')", "check_upload('me/gem-4bit')", "check_upload('gem-4bit')",
+             "check_upload('me/gem..4bit')", f"check_upload('me/{'x' * 100}')")
+    sent, checked, name, *others = ask(tmp_path, hub, *calls, prepare=IMPORTS)
     assert sent == checked == ("CheckpointError: uploading to me/gem-4bit needs a login: run `hf auth login` with a "
                                "token that may write")
     assert name == "CheckpointError: 'gem-4bit' is not the name of a repository on the Hub: expected owner/name"
+    assert all("is not the name of a repository on the Hub" in str(other) for other in others)
     assert not hub.requests
 
 

@@ -153,7 +153,7 @@ def test_another_dtype_is_that_of_all_numbers_and_of_what_is_quantized(dtype: st
 def test_the_conversion_from_python_is_the_commands(tmp_path: Path) -> None:
     source = source_pair("edge", tmp_path)
     assert convert(source, tmp_path / "one", "-q") == 0
-    result = convert_from_python(str(source), mlx_path=str(tmp_path / "two"), quantize=True, verify=False)
+    result = convert_from_python(source, mlx_path=str(tmp_path / "two"), quantize=True, verify=False)
     assert result.outputs == {"target": tmp_path / "two", "assistant": tmp_path / "two-assistant"}
     for end in ("", "-assistant"):
         one, two = tensors(tmp_path / f"one{end}"), tensors(tmp_path / f"two{end}")

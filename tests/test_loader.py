@@ -18,6 +18,7 @@ from mlx_mtp import CheckpointError, MemoryBudgetError, RequestError, api, demo,
 from mlx_mtp.checkpoint import memory
 from mlx_mtp.checkpoint.loader import load_drafter, load_target, materialize
 from mlx_mtp.checkpoint.weights import SHARED_KV_REASON, written_name
+from mlx_mtp.config import EngineConfig
 from mlx_mtp.models.drafter import Drafter
 from mlx_mtp.models.target import Target
 

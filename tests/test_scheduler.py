@@ -126,6 +126,6 @@ def test_finished_requests_leave_the_queue_and_the_prefill() -> None:
     planner.plan()
     second.finish_reason = first.finish_reason = "aborted"
     assert planner.drop_waiting() == [second]
-    assert planner.drop_prefilling()
-    assert not planner.drop_prefilling()
+    assert planner.drop_prefilling() is first
+    assert planner.drop_prefilling() is None
     assert planner.plan().prefill == (third,)

@@ -34,10 +34,10 @@ def local_folder(name: str | Path, revision: str | None = None) -> Path:
     """
     if not str(name).strip():  # as a path it would be the working directory
         raise CheckpointError("the name of a checkpoint is empty: expected a folder or a Hub name (owner/name)")
-    path = Path(name).expanduser()
-    if path.is_dir():
+    path = Path(os.path.expanduser(name))  # pathlib's raises for ~nobody, and its is_dir for a name that is too long
+    if os.path.isdir(path):
         return path
-    if path.exists():
+    if os.path.exists(path):
         raise CheckpointError(f"{path} is a file; expected a folder with config.json and *.safetensors")
     if not HUB_NAME.fullmatch(str(name)):
         raise CheckpointError(f"no folder {path}, and it is not a Hub name either (those look like owner/name): "
@@ -117,8 +117,8 @@ def find_drafter(name: str | Path) -> Path | None:
     A precision in the target's name ("-4bit", "-bf16") may be missing in the drafter's, or be at its end instead.
     None if there is no such. Raises CheckpointError if there is one that cannot be had (gated, broken off).
     """
-    path = Path(name).expanduser()
-    if path.is_dir():
+    path = Path(os.path.expanduser(name))
+    if os.path.isdir(path):
         folder = Path(os.path.abspath(path))  # not resolved: a link counts under its own name
         candidates = (folder.with_name(drafter) for drafter in drafter_names(folder.name))
         return next((candidate for candidate in candidates if candidate.is_dir()), None)

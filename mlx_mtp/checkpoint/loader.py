@@ -330,6 +330,9 @@ def _quantize_as_stored(
     model: nn.Module, paths: Set[str], raw: Mapping[str, Any], part: Part, folder: Path
 ) -> None:
     """Makes those modules quantized whose `scales` are on disk, by config.json's `quantization` in mlx-lm's form."""
+    for key in ("quantization", "quantization_config"):
+        if not isinstance(raw.get(key) or {}, Mapping):
+            raise ConfigError(f"{folder / 'config.json'}: {key} is {raw[key]!r}; expected an object")
     quantization = raw.get("quantization")
     method = (raw.get("quantization_config") or {}).get("quant_method") if quantization is None else None
     if method is not None:

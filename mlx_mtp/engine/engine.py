@@ -108,10 +108,10 @@ class Engine:
     def submit(self, request: Request) -> int:
         """Queues a request and returns its id. Raises QueueFullError, or MemoryBudgetError if it could never run."""
         with self._lock:
+            request.submitted = time.perf_counter()
             self._scheduler.submit(request)
             request.id, self._submitted = self._submitted, self._submitted + 1
             self._live[request.id] = request
-        request.submitted = time.perf_counter()
         return request.id
 
     def abort(self, request_id: int) -> bool:
@@ -173,17 +173,23 @@ class Engine:
 
     def _abort(self) -> list[Event]:
         with self._lock:
-            gone = [self._live[i] for i in self._aborted if i in self._live]
+            asked = [self._live[i] for i in self._aborted if i in self._live]
             self._aborted.clear()
+            gone = [request for request in dict.fromkeys(asked) if not request.is_finished]
             for request in gone:
-                request.finish_reason = request.finish_reason or "aborted"
-            self._scheduler.drop_waiting()
-            self._live = {i: request for i, request in self._live.items() if not request.is_finished}
+                request.finish_reason = "aborted"
+            for request in self._scheduler.drop_waiting() if gone else ():
+                del self._live[request.id]
         return [Event(request, []) for request in gone]
+
+    def _forget(self, request: Request) -> None:
+        with self._lock:
+            del self._live[request.id]
 
     def _compact(self) -> None:
         """Frees the rows of finished requests, and lowers the cache's bound to what the host knows."""
-        if self._scheduler.drop_prefilling():
+        if (given_up := self._scheduler.drop_prefilling()) is not None:
+            self._forget(given_up)
             self._prefilling = None
         rows = self._scheduler.decoding
         for i in reversed(range(len(rows))):
@@ -192,7 +198,7 @@ class Engine:
             assert self._decoding is not None
             if rows[i].keep_answer:
                 self._keep_answer(i)
-            self._scheduler.drop_row(i)
+            self._forget(self._scheduler.drop_row(i))
             if rows:
                 self._decoding = self._decoding.drop_row(i, Sampler.of([row.sampling for row in rows]))
         if not rows:

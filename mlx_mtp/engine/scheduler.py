@@ -105,13 +105,12 @@ class Scheduler:
             self.decoding[row] = last
         return gone
 
-    def drop_prefilling(self) -> bool:
-        """Gives up a prefill whose request finished (aborted); whether there was one."""
+    def drop_prefilling(self) -> Request | None:
+        """Gives up a prefill whose request finished (aborted), and returns that."""
         # Only a request alone can be here between two steps: several have prompts of one chunk.
         if not (self.prefilling and self.prefilling[0].is_finished):
-            return False
-        self.prefilling = []
-        return True
+            return None
+        return self.prefilling.pop()
 
     def drop_waiting(self) -> list[Request]:
         """Takes those out of the queue that finished there (aborted)."""
