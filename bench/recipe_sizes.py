@@ -18,7 +18,8 @@ from mlx_mtp.models.target import Target
 BFLOAT16 = mx.bfloat16.size
 COMMON = {
     "head_dim": 256, "global_head_dim": 512, "vocab_size": 262_144, "rms_norm_eps": 1e-6,
-    "hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0, "use_double_wide_mlp": False, "enable_moe_block": False, "sliding_window": 1024,
+    "hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0,
+    "use_double_wide_mlp": False, "enable_moe_block": False, "sliding_window": 1024,
 }
 
 

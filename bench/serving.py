@@ -58,8 +58,8 @@ def stall(pair: Pair) -> None:
     round_, chunk = statistics.median(plain), max(chunks)
     print(f"round {1e3 * round_:.1f} ms; prefill chunk alone: median {1e3 * statistics.median(chunks):.1f}, longest "
           f"{1e3 * chunk:.1f} ms; steps while the prompt came: median {1e3 * statistics.median(steps):.1f}, longest "
-          f"{1e3 * max(steps):.1f} ms = {max(steps) / (chunk + round_):.2f} x (chunk + round); rows served in each step: "
-          f"at least {fewest} of 7")
+          f"{1e3 * max(steps):.1f} ms = {max(steps) / (chunk + round_):.2f} x (chunk + round); rows served in each "
+          f"step: at least {fewest} of 7")
 
 
 def timed(step: Callable[[], object]) -> float:
@@ -106,8 +106,9 @@ def mixed(pair: Pair) -> None:
             requests.append(waiting.pop())
             engine.submit(requests[-1])
         engine.step()
-        if generator.random() < 0.03:
-            engine.abort(generator.choice(requests).id)
+        live = [request for request in requests if not request.is_finished]
+        if live and generator.random() < 0.03:
+            engine.abort(generator.choice(live).id)
     finished = [request for request in requests if request.finish_reason != "aborted"]
     different = tokens = 0
     for request in finished:

@@ -17,6 +17,7 @@ from mlx_mtp.errors import CheckpointError
 
 Action = Literal["copy", "quantize", "dequantize", "tower"]
 PACKED = ("weight", "scales", "biases")  # the tensors of a quantized module, biases in affine mode only
+NAN_SCALES = {"mxfp4": (0xFF,), "mxfp8": (0xFF,), "nvfp4": (0x7F, 0xFF)}  # bytes that stand for NaN among scales
 
 
 @dataclass(frozen=True)
@@ -93,16 +94,32 @@ class Job:
         Infinite clip bounds of a tower are what they should be: they do not clip.
         """
         for raw, source in zip(rows, self.sources, strict=True):
+            if self.quantization is not None and source.dtype == mx.uint8:
+                if np.isin(raw, NAN_SCALES[self.quantization.mode]).any():
+                    raise _not_finite(source)
+                continue
             if not mx.issubdtype(source.dtype, mx.floating) or CLIP_BOUND.search(source.name):
                 continue
             largest = largest_bits(raw)
             if largest >= bits_of(math.inf, source.dtype):
-                raise CheckpointError(f"{source.file}: tensor {source.name} holds NaN or infinity: the checkpoint is "
-                                      "damaged, download it again (--allow-nan lets such numbers through)")
+                raise _not_finite(source)
             is_narrow = self.dtype == mx.float16 and source.dtype != mx.float16
             if is_narrow and largest > bits_of(65504, source.dtype):
                 raise CheckpointError(f"{source.file}: tensor {source.name} holds numbers beyond 65504, the largest "
                                       "float16: use --dtype bfloat16")
+
+
+    def check_dequantized(self, outputs: Sequence[mx.array]) -> None:
+        """Raises CheckpointError if the products of finite scales are too large for `dtype`."""
+        if self.action == "dequantize" and not mx.isfinite(outputs[0]).all().item():
+            name = str(self.dtype).removeprefix("mlx.core.")
+            raise CheckpointError(f"{self.sources[0].file}: tensor {self.sources[0].name} holds numbers beyond the "
+                                  f"largest {name} once it is dequantized: use --dtype float32")
+
+
+def _not_finite(source: Readable) -> CheckpointError:
+    return CheckpointError(f"{source.file}: tensor {source.name} holds NaN or infinity: the checkpoint is damaged, "
+                           "download it again (--allow-nan lets such numbers through)")
 
 
 def largest_bits(raw: np.ndarray) -> int:

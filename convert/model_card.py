@@ -20,8 +20,8 @@ class Card:
 
     name: of the output, as one would load it (its folder's name, or owner/name); source: as the user named it;
     source_folder: where its files are; revision: the commit, if from the Hub. command: that made it. drafter, target:
-    the names of what was converted with it, None without; is_drafter: this is the drafter's own card. has_towers: vision
-    and audio were kept.
+    the names of what was converted with it, None without; is_drafter: this is the drafter's own card. has_towers:
+    vision and audio were kept.
     """
 
     name: str

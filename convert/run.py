@@ -166,7 +166,8 @@ def _written(settings: ConvertConfig, pair: _Pair, notify: Notify) -> Report | N
         if recovered is not None:
             notify("an earlier run was cut off when its files were whole: they are in their places now")
         if recovered == mark:
-            return None
+            found = next(iter(pair.outputs.values())) / REPORT
+            return Report.from_json(found.read_text(encoding="utf-8")) if found.is_file() else None
     for folder in pair.outputs.values():
         workplace.check_output(folder, settings.force)
     with place.locked():

@@ -59,7 +59,7 @@ def write_shards(
                     writes.append(writer.submit(file.finish))
                 file = _ShardFile(piece.shard, folder)
                 opened.callback(file.close)  # when both threads are done with it, whatever happened
-            writes.append(writer.submit(file.write, piece, _converted(piece.job, read.result())))
+            writes.append(writer.submit(file.write, piece, _converted(piece.job, read.result(), check_finite)))
             while len(writes) > AHEAD:
                 writes.popleft().result()
             advance(piece.job.row_bytes * (piece.stop - piece.start))
@@ -85,11 +85,14 @@ def _read(piece: Piece, check_finite: bool) -> list[np.ndarray]:
     return rows
 
 
-def _converted(job: Job, rows: list[np.ndarray]) -> list[memoryview]:
+def _converted(job: Job, rows: list[np.ndarray], check_finite: bool) -> list[memoryview]:
     """The bytes to write for each output; what is only copied does not pass through MLX."""
     if job.is_plain_copy:
         return [raw.reshape(-1).view(np.uint8).data for raw in rows]
-    flat = [array.reshape(-1).view(mx.uint8) for array in job.run(rows)]
+    arrays = job.run(rows)
+    if check_finite:
+        job.check_dequantized(arrays)
+    flat = [array.reshape(-1).view(mx.uint8) for array in arrays]
     mx.eval(flat)
     return [np.asarray(array).data for array in flat]
 

@@ -215,6 +215,21 @@ def test_ctrl_c_keeps_what_is_whole_and_says_so(
     assert (tmp_path / "out" / shard.name).stat().st_ino == inode
 
 
+def test_a_run_that_only_puts_things_into_place_shows_their_report(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = source_pair("unified", tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(Workplace, "_move", lambda *_: (_ for _ in ()).throw(KilledError()))
+        with pytest.raises(KilledError):
+            convert(source, tmp_path / "out", "-q", verify=True)
+    capsys.readouterr()
+    assert convert(source, tmp_path / "out", "-q", verify=True) == 0
+    said = capsys.readouterr()
+    assert "they are in their places now" in said.err
+    assert "verified on" in said.out
+
+
 @pytest.mark.parametrize(("code", "words"), [
     (errno.ENOSPC, "has no space left"), (errno.EDQUOT, "has no space left"), (errno.EIO, "writing into .* failed"),
 ])

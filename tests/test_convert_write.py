@@ -5,6 +5,8 @@ Chunks are made tiny here, so that every tensor is written in many pieces.
 
 from __future__ import annotations
 
+import json
+import struct
 from pathlib import Path
 
 import mlx.core as mx
@@ -20,6 +22,7 @@ from mlx_mtp.checkpoint.weights import written_name
 from mlx_mtp.convert import convert as convert_from_python
 from mlx_mtp.convert import shards, stream
 from mlx_mtp.convert.safetensors import HalfTensor, read_header
+from mlx_mtp.errors import CheckpointError
 
 MODES = {
     "4-bit": ["-q"], "8-bit": ["-q", "--q-bits=8", "--q-group-size=32"], "mxfp4": ["-q", "--q-mode=mxfp4"],
@@ -193,3 +196,14 @@ def test_every_type_is_read_as_mlx_reads_it(dtype: mx.Dtype, tmp_path: Path) -> 
     mx.save_safetensors(str(tmp_path / "x.safetensors"), arrays)
     for tensor in read_header(tmp_path / "x.safetensors"):
         assert is_equal(tensor.read().reshape(tensor.shape), arrays[tensor.name])
+
+
+def test_headers_with_gaps_are_refused(tmp_path: Path) -> None:
+    text = json.dumps({"x": {"dtype": "U8", "shape": [4], "data_offsets": [4, 8]}}).encode()
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(struct.pack("<Q", len(text)) + text + bytes(8))
+    with pytest.raises(CheckpointError, match="does not begin where the header ends"):
+        read_header(path)
+    path.write_bytes(struct.pack("<Q", len(text)) + text.replace(b"[4, 8]", b"[0, 4]") + bytes(8))
+    with pytest.raises(CheckpointError, match="longer than its header says"):
+        read_header(path)
