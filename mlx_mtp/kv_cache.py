@@ -231,17 +231,20 @@ class KVCache:
 
     def _visible(self, layer: int, extra: int = 0) -> tuple[mx.array, mx.array]:
         buffer = self._buffers[layer]
-        end = self._ring if self._shapes[layer].kind == SLIDING else self._read_end(extra)
+        end = self._read_end(self._shapes[layer].kind, extra)
         return buffer[0, : self._rows, :, :end], buffer[1, : self._rows, :, :end]
 
-    def _read_end(self, extra: int) -> int:
-        return min(round_up(max(self.bound + extra, 1), READ_STEP), self._full_capacity)
+    def _read_end(self, kind: AttentionKind, extra: int) -> int:
+        """How many slots hold all there is, `extra` staged tokens too: a ring that has not wrapped is read in part."""
+        capacity = self._ring if kind == SLIDING else self._full_capacity
+        return min(round_up(max(self.bound + extra, 1), READ_STEP), capacity)
 
     def _positions(self, kind: AttentionKind, newest: mx.array, extra: int = 0) -> mx.array:
+        slots = mx.arange(self._read_end(kind, extra), dtype=mx.int32)
         if kind != SLIDING:
-            return mx.arange(self._read_end(extra), dtype=mx.int32)[None]
+            return slots[None]
         newest = newest[:, None]
-        return newest - mx.remainder(newest - mx.arange(self._ring, dtype=mx.int32), self._ring)
+        return newest - mx.remainder(newest - slots, self._ring)
 
 
 class CacheStage:
@@ -256,14 +259,17 @@ class CacheStage:
         self._through_ring = valid is None
         if valid is None:
             self._ring_slots = mx.remainder(self._full_slots, cache._ring)
-            self._ring_positions = cache._positions(SLIDING, lengths + (num_tokens - 1))
+            self._ring_positions = cache._positions(SLIDING, lengths + (num_tokens - 1), num_tokens)
         else:
             # A prefill chunk may be longer than the ring: it attends to the ring as it was and to itself.
             before = cache._positions(SLIDING, lengths - 1)
             self._ring_positions = mx.concatenate([before, self.positions], axis=1)
-            after = cache._positions(SLIDING, lengths + valid - 1)
-            old = mx.arange(cache._ring, dtype=mx.int32)[None]
-            self._ring_source = mx.where(after >= lengths[:, None], cache._ring + after - lengths[:, None], old)
+            slots, self._old = mx.arange(cache._ring, dtype=mx.int32), cache._read_end(SLIDING, 0)
+            newest = lengths[:, None] + valid[:, None] - 1
+            after = newest - mx.remainder(newest - slots, cache._ring)
+            # A slot beyond what is read of the old ring was empty: what it gets then has a negative position.
+            old = mx.minimum(slots, self._old - 1)
+            self._ring_source = mx.where(after >= lengths[:, None], self._old + after - lengths[:, None], old)
 
     def key_positions(self, kind: AttentionKind) -> mx.array:
         if kind == SLIDING:
@@ -292,6 +298,6 @@ class CacheStage:
     def _put_chunk(self, layer: int, new: mx.array) -> tuple[mx.array, mx.array]:
         """Writes the newest real tokens of a chunk into a ring; returns the old ring and the whole chunk, in a row."""
         buffer, rows = self._cache._buffers[layer], self._cache.rows
-        both = mx.concatenate([buffer[:, :rows], new], axis=3)
+        both = mx.concatenate([buffer[:, :rows, :, : self._old], new], axis=3)
         buffer[:, :rows] = mx.take_along_axis(both, self._ring_source[None, :, None, :, None], axis=3)
         return both[0], both[1]

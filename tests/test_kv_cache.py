@@ -5,6 +5,7 @@ import random
 import mlx.core as mx
 import pytest
 
+from mlx_mtp import kv_cache
 from mlx_mtp.config import FULL, SLIDING, AttentionKind
 from mlx_mtp.kv_cache import KVCache, LayerShape
 from mlx_mtp.models.masks import drafter_mask, target_mask
@@ -143,6 +144,13 @@ def walk_many(seeds: int, slack: int, max_draft: int) -> None:
 
 @pytest.mark.parametrize("seed", range(12))
 def test_every_pass_and_every_draft_sees_exactly_the_committed_keys_in_reach(seed: int) -> None:
+    walk(seed, slack=8, max_draft=7)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_ring_that_is_read_in_part_shows_the_same_keys(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With steps of 4 instead of 64 the small ring here goes through all of its states, before and after it wraps."""
+    monkeypatch.setattr(kv_cache, "READ_STEP", 4)
     walk(seed, slack=8, max_draft=7)
 
 
