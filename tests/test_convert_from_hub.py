@@ -53,3 +53,20 @@ def test_a_conversion_whose_download_broke_off_goes_on_and_its_folder_loads(tmp_
     assert json.loads((output / "config.json").read_text())["quantization"]["bits"] == 4
     pair = load(output)
     assert pair.drafter is not None
+
+
+def test_a_missing_or_gated_repository_and_no_network_are_one_line_each(tmp_path: Path) -> None:
+    command = "--mlx-path", str(tmp_path / "out/gem"), "-q"
+    with serving(tmp_path / "served") as hub:
+        hub.refusals = {"me/gated": (403, "GatedRepo"), "me/closed": (401, "GatedRepo")}
+        answers = {name: convert(tmp_path, hub, "--hf-path", name, *command)
+                   for name in ("me/nothing", "me/gated", "me/closed")}
+    answers["me/far"] = convert(tmp_path, hub, "--hf-path", "me/far", *command)  # nobody listens any more
+    for (name, answer), expected in zip(
+        answers.items(), ("no such repository", "gated", "gated", "cannot be reached"), strict=True
+    ):
+        assert (answer.returncode, answer.stdout) == (2, ""), name
+        assert answer.stderr.startswith("error: "), name
+        assert expected in answer.stderr, name
+        assert answer.stderr.count("\n") == 1, name
+    assert not (tmp_path / "out").exists()
