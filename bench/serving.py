@@ -127,10 +127,11 @@ def resident() -> float:
 
 
 def soak(pair: Pair) -> None:
+    """The room for kept prefixes is small enough to be full when the first 200 have passed."""
     generator = random.Random(2)
-    engine = Engine(pair.target, pair.drafter, EngineConfig())
+    engine = Engine(pair.target, pair.drafter, EngineConfig(prefix_tokens=4096))
     started = time.perf_counter()
-    count, finished, after_200 = 0, 0, 0.0
+    count, finished, after_200, next_line = 0, 0, 0.0, 400
     while finished < 2000:
         while count < 2000 and engine.active_rows + engine.waiting < 12:
             engine.submit(request_of(prompt_of(generator.randint(4, 60), generator), random_settings(generator, 24)))
@@ -138,7 +139,8 @@ def soak(pair: Pair) -> None:
         finished += sum(event.request.is_finished for event in engine.step())
         if not after_200 and finished >= 200:
             after_200 = resident()
-        if finished % 400 == 0:
+        if finished >= next_line:
+            next_line += 400
             print(f"{finished} finished: {resident():.1f} MB resident, {mx.get_active_memory() / 1e6:.1f} MB active")
     end = resident()
     print(f"after 200: {after_200:.1f} MB, after {finished}: {end:.1f} MB, {100 * (end / after_200 - 1):+.2f}%; "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import reprlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from numbers import Integral
 from pathlib import Path
 from typing import Any, TypeGuard, overload
@@ -32,6 +32,7 @@ from mlx_mtp.errors import RequestError
 from mlx_mtp.kv_cache import KVCache, layer_shapes
 from mlx_mtp.models.drafter import Drafter
 from mlx_mtp.models.target import Target
+from mlx_mtp.spec_decode.draft_length import RoundCosts
 from mlx_mtp.tokenizer import TextStream, Tokenizer
 
 Prompt = str | Sequence[int]
@@ -46,6 +47,7 @@ class Pair:
     """A target and the drafter made for it (or none), ready to run.
 
     max_context: tokens that prompt and answer together may have. notes: what a user should know about the loading.
+    round_costs: what rounds were measured to take so far, which K = "auto" goes by.
     """
 
     target: Target
@@ -53,6 +55,7 @@ class Pair:
     tokenizer: Tokenizer
     max_context: int
     notes: tuple[str, ...] = ()
+    round_costs: RoundCosts = field(default_factory=RoundCosts, compare=False)
 
 
 @dataclass(frozen=True)
@@ -135,7 +138,9 @@ def load(
     memory.check_memory(text, weight_bytes, planned, slack, target.dtype, device.memory_bytes())
 
     tokenizer = Tokenizer(folder)
-    pair = Pair(target, drafter, tokenizer, context, tuple(notes))
+    heads_per_kv_head = max(text.num_heads // layer.num_kv_heads for layer in text.layers)
+    costs = RoundCosts(device.widest_block(heads_per_kv_head))
+    pair = Pair(target, drafter, tokenizer, context, tuple(notes), costs)
     if before_reading is not None:
         before_reading(pair)
     materialize(target, "target", folder)
@@ -153,8 +158,8 @@ def generate(pair: Pair, prompt: Prompt | Sequence[Prompt], **settings: Any) -> 
 
     prompt: text as it stands (for a conversation see `Tokenizer.encode_chat`), or token ids.
     settings: the fields of SamplingParams; `sampling`: a SamplingParams for all rows, or a list with one for each;
-    `num_draft_tokens`: drafts a round, 0 for plain decoding; `max_rows`: prompts decoded together, the others follow
-    as rows come free. Neither changes the text.
+    `num_draft_tokens`: drafts a round, 0 for plain decoding, "auto" for what is fastest; `max_rows`: prompts decoded
+    together, the others follow as rows come free. Neither changes the text.
     Raises RequestError for an empty or too long prompt and for unknown or impossible settings, MemoryBudgetError for
     a prompt that the device cannot hold beside the weights.
     """
@@ -187,7 +192,7 @@ def new_engine(pair: Pair, **settings: Any) -> Engine:
 
     settings: the fields of EngineConfig, such as max_rows. Raises RequestError for impossible ones.
     """
-    return Engine(pair.target, pair.drafter, EngineConfig(**settings))
+    return Engine(pair.target, pair.drafter, EngineConfig(**settings), pair.round_costs)
 
 
 def new_request(pair: Pair, prompt: Prompt, sampling: SamplingParams) -> Request:

@@ -35,6 +35,7 @@ TEXT_MODEL_TYPES = {
 TARGET_MODEL_TYPES = ("gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text")
 DRAFTER_MODEL_TYPES = ("gemma4_assistant", "gemma4_unified_assistant")
 MOST_LAYERS = 1000
+AUTO: Literal["auto"] = "auto"
 
 Json = Mapping[str, Any]
 
@@ -199,7 +200,7 @@ class SamplingParams:
 class EngineConfig:
     """How requests are run, none of which changes their text.
 
-    num_draft_tokens: drafts per round (K); 0 is plain decoding.
+    num_draft_tokens: drafts per round (K); 0 is plain decoding, "auto" takes what is measured to be fastest.
     max_draft_tokens: the largest K the cache leaves room for.
     prefill_chunk: prompt tokens per target pass.
     max_rows: requests decoded together. max_waiting: requests that may wait for a row; more are refused.
@@ -207,7 +208,7 @@ class EngineConfig:
     prefix_tokens: tokens whose K/V are kept after their request, for others that begin alike; 0 keeps none.
     """
 
-    num_draft_tokens: int = 3
+    num_draft_tokens: int | Literal["auto"] = AUTO
     max_draft_tokens: int = 7
     prefill_chunk: int = 512
     max_rows: int = 8
@@ -217,8 +218,9 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         _check(self, "max_draft_tokens", int, lambda value: value >= 0, "a whole number of at least 0")
-        _check(self, "num_draft_tokens", int, lambda value: 0 <= value <= self.max_draft_tokens,
-               f"a whole number between 0 and {self.max_draft_tokens}")
+        if self.num_draft_tokens != AUTO:
+            _check(self, "num_draft_tokens", int, lambda value: 0 <= value <= self.max_draft_tokens,
+                   f"a whole number between 0 and {self.max_draft_tokens}, or {AUTO!r}")
         for name in ("prefill_chunk", "max_rows", "max_waiting", "planned_answer"):
             _check(self, name, int, lambda value: value >= 1, "a whole number of at least 1")
         _check(self, "prefix_tokens", int, lambda value: value >= 0, "a whole number of at least 0")

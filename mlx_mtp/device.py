@@ -25,6 +25,16 @@ def memory_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
+def widest_block(heads_per_kv_head: int) -> int | None:
+    """Query positions that one row may have for Metal's vector attention kernel to take them; None on other devices.
+
+    MLX's rule: at most 8, and at most 32 together with the query heads that share one key head.
+    """
+    if not (is_gpu() and mx.metal.is_available()):
+        return None
+    return max(1, min(8, 32 // heads_per_kv_head))
+
+
 @contextmanager
 def wired_memory() -> Iterator[None]:
     """Keeps weights and caches resident for the time of a generation, on a Mac's GPU; elsewhere there is no need."""

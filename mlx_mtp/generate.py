@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 from mlx_mtp import api, batch, prompts_file
 from mlx_mtp.api import Pair, Result
 from mlx_mtp.batch import Job
-from mlx_mtp.config import EngineConfig, SamplingParams
+from mlx_mtp.config import AUTO, EngineConfig, SamplingParams
 from mlx_mtp.errors import MtpError, RequestError
 from mlx_mtp.output_file import OutputFile
 from mlx_mtp.progress import Progress
@@ -61,8 +61,9 @@ def parser() -> argparse.ArgumentParser:
     add("--min-p", type=float, default=sampling.min_p, help="default: %(default)s")
     add("--seed", type=int, default=sampling.seed, help="same prompt, settings and seed: same text (default: "
                                                         "%(default)s)")
-    add("--num-draft-tokens", type=int, default=engine.num_draft_tokens,
-        help="drafts a round; 0 is plain decoding; never changes the text (default: %(default)s)")
+    add("--num-draft-tokens", type=num_draft_tokens, default=engine.num_draft_tokens, metavar="K",
+        help=f"drafts a round; 0 is plain decoding, {AUTO} takes what is measured to be fastest; never changes the "
+             "text (default: %(default)s)")
     add("--verbose", type=_flag, default=True, metavar="T|F", help="notes, progress and summary (default: T)")
     add("--json", action="store_true", help="print one JSON object a completion, one a line, instead of its text")
     return cli
@@ -252,6 +253,14 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(USER_ERROR, f"error: {message}; see --help\n")
+
+
+def num_draft_tokens(text: str) -> int | str:
+    """What --num-draft-tokens was given: a whole number, or "auto"."""
+    try:
+        return AUTO if text == AUTO else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}; expected a whole number or {AUTO}") from None
 
 
 def _flag(text: str) -> bool:

@@ -116,3 +116,13 @@ def test_small_matrices_lie_column_by_column_on_cpu_and_give_the_same_logits() -
     tokens, valid = mx.array([[2, 5, 9, 200]]), mx.array([4])
     logits = [model.logits(model(tokens, new_cache(model).stage(4, valid))) for model in (plain, laid_out)]
     assert relative_error(*logits) <= 2e-6
+
+
+@pytest.mark.parametrize(("heads_per_kv_head", "widest"), [(1, 8), (4, 8), (8, 4), (32, 1), (64, 1)])
+def test_metals_attention_kernel_takes_so_many_positions_of_a_row(
+    heads_per_kv_head: int, widest: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert device.widest_block(heads_per_kv_head) is None  # on a CPU there is no such cliff
+    monkeypatch.setattr(device, "is_gpu", lambda: True)
+    monkeypatch.setattr(mx.metal, "is_available", lambda: True)
+    assert device.widest_block(heads_per_kv_head) == widest

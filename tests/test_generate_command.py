@@ -24,8 +24,8 @@ from mlx_mtp.engine.request import Request, RequestStats
 from mlx_mtp.generate import main, parser
 
 ROOT = Path(__file__).parent.parent
-SHORT = ["--max-tokens", "12"]
-FINISHED = RequestStats(1, 0, 1, 0, 0, 0, (), 1.0, 1.0, 1.0, 1.0, 1.0)
+SHORT = ["--max-tokens", "12", "--num-draft-tokens", "3"]
+FINISHED = RequestStats(1, 0, 1, 0, 0, 0, (), {}, 1.0, 1.0, 1.0, 1.0, None, 1.0)
 
 
 def command(*arguments: str) -> list[str]:
@@ -40,7 +40,7 @@ def pair() -> api.Pair:
 def answer_of(pair: api.Pair, prompt: str, **settings: object) -> api.Result:
     """What the command should print, by way of Python."""
     tokens = pair.tokenizer.encode_chat([{"role": "user", "content": prompt}])
-    result = mlx_mtp.generate(pair, tokens, max_tokens=12, **settings)
+    result = mlx_mtp.generate(pair, tokens, max_tokens=12, **{"num_draft_tokens": 3, **settings})
     assert isinstance(result, api.Result)
     return result
 
@@ -101,7 +101,7 @@ def test_the_summary_says_what_was_drafted_or_that_nothing_was(
 ) -> None:
     main(["-p", "Hello", *SHORT])
     with_drafts = capsys.readouterr().err.splitlines()[-1]
-    main(["-p", "Hello", "--num-draft-tokens", "0", *SHORT])
+    main(["-p", "Hello", *SHORT, "--num-draft-tokens", "0"])
     without = capsys.readouterr().err.splitlines()[-1]
     assert "drafts" in with_drafts
     assert f"answer {len(answer_of(pair, 'Hello').tokens)} tokens" in with_drafts

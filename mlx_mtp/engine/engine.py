@@ -23,12 +23,13 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from mlx_mtp import device
-from mlx_mtp.config import SLIDING, EngineConfig
+from mlx_mtp.config import AUTO, SLIDING, EngineConfig
 from mlx_mtp.engine.prefix_cache import PrefixCache
 from mlx_mtp.engine.request import Request
 from mlx_mtp.engine.scheduler import CacheCosts, Scheduler
 from mlx_mtp.kv_cache import GROW_STEP, KVCache, layer_shapes
 from mlx_mtp.models.target import Target
+from mlx_mtp.spec_decode.draft_length import AdaptiveLength, DraftLength, FixedLength, RoundCosts
 from mlx_mtp.spec_decode.loop import (
     DecodeState,
     DraftModel,
@@ -57,12 +58,14 @@ class Event:
 class _Flight:
     """What the device works on, and whose rows it has: compaction may reorder them before it is read.
 
-    num_draft_tokens is None for the first token, which a prefill draws.
+    num_draft_tokens is None for the first token, which a prefill draws. is_timed: the device goes from the flight
+    before straight to this one, so that the time between their reads is this one's.
     """
 
     output: RoundOutput
     rows: tuple[Request, ...]
     num_draft_tokens: int | None
+    is_timed: bool = False
 
 
 def read(output: RoundOutput) -> np.ndarray:
@@ -76,15 +79,20 @@ class Engine:
     `submit` and `abort` may be called from any thread; all else belongs to the one thread that steps.
     """
 
-    def __init__(self, target: Target, drafter: DraftModel | None, config: EngineConfig) -> None:
+    def __init__(
+        self, target: Target, drafter: DraftModel | None, config: EngineConfig, costs: RoundCosts | None = None
+    ) -> None:
+        """costs: what rounds were measured to take, for K = "auto"; engines of the same pair can share them."""
         self._target, self._drafter, self._config = target, drafter, config
-        self._num_draft_tokens = config.num_draft_tokens if drafter is not None else 0
-        costs, prefix_bytes, memory = _budget(target, drafter, config)
+        self._draft_length = _draft_length(drafter, config, costs)
+        cache_costs, prefix_bytes, memory = _budget(target, drafter, config)
         self._prefixes = PrefixCache(target.config.text.window, prefix_bytes)
-        self._scheduler = Scheduler(config, costs, memory, self._prefixes.match)
+        self._scheduler = Scheduler(config, cache_costs, memory, self._prefixes.match)
         self._decoding: DecodeState | None = None
         self._prefilling: DecodeState | None = None
         self._flights: deque[_Flight] = deque()
+        self._is_disturbed = True  # the device has other work than rounds before the next one
+        self._landed_at = 0.0
         self._lock = threading.Lock()  # of the queue and of what follows
         self._live: dict[int, Request] = {}
         self._aborted: list[int] = []
@@ -199,6 +207,7 @@ class Engine:
             if rows[i].keep_answer:
                 self._keep_answer(i)
             self._forget(self._scheduler.drop_row(i))
+            self._is_disturbed = True
             if rows:
                 self._decoding = self._decoding.drop_row(i, Sampler.of([row.sampling for row in rows]))
         if not rows:
@@ -206,7 +215,7 @@ class Engine:
             self._flights.clear()
         elif self._decoding is not None:
             most = max(row.length - 1 for row in rows)
-            self._decoding.cache.tighten(most + (self._num_draft_tokens + 1) * len(self._flights))
+            self._decoding.cache.tighten(most + sum((flight.num_draft_tokens or 0) + 1 for flight in self._flights))
 
     def _keep_answer(self, row: int) -> None:
         assert self._decoding is not None
@@ -214,11 +223,12 @@ class Engine:
         tokens = [*request.prompt, *request.tokens]
         start, stop = len(request.prompt), len(tokens) - 1  # the newest token's K/V may not be there
         if stop > start:
-            written = request.committed + self._num_draft_tokens + 1
+            written = request.committed + self._draft_length.longest + 1
             self._prefixes.insert(tokens, self._decoding.cache.cut(row, start, stop, written))
 
     def _run_chunk(self, requests: Sequence[Request]) -> None:
         """Hands over the next chunk of these prompts, and with their last one their first tokens."""
+        self._is_disturbed = True
         if self._prefilling is None:
             self._prefilling = self._begin(requests)
         size = self._config.prefill_chunk
@@ -257,6 +267,7 @@ class Engine:
 
     def _join(self, state: DecodeState) -> None:
         """Adds prefilled rows, whose first tokens are drawn, to those that decode."""
+        self._draft_length.new_task()
         requests = tuple(self._scheduler.prefilling)
         packed = mx.stack([state.last_token, mx.zeros_like(state.last_token)], axis=1)
         self._scheduler.prefilled()
@@ -274,18 +285,36 @@ class Engine:
         rows = self._scheduler.decoding
         if self._decoding is None or (self._flights and all(len(row.tokens) + 1 >= row.most_tokens for row in rows)):
             return False
-        state, output = decode_round(self._target, self._drafter, self._decoding, self._num_draft_tokens)
+        num_draft_tokens = self._draft_length.choose(len(rows))
+        state, output = decode_round(self._target, self._drafter, self._decoding, num_draft_tokens)
         mx.async_eval(output.packed, state.last_token, state.hidden, state.cache.lengths)
         self._decoding = state
-        self._flights.append(_Flight(output, tuple(rows), self._num_draft_tokens))
+        is_timed = bool(self._flights) and not self._is_disturbed
+        self._flights.append(_Flight(output, tuple(rows), num_draft_tokens, is_timed))
+        self._is_disturbed = False
         return True
 
     def _land(self, flight: _Flight) -> list[Event]:
-        packed = read(flight.output)
-        return [
-            Event(request, request.receive(row[: row[-1] + 1], flight.num_draft_tokens))
-            for request, row in zip(flight.rows, packed.tolist(), strict=True) if not request.is_finished
-        ]
+        packed = read(flight.output).tolist()
+        took, self._landed_at = time.perf_counter() - self._landed_at, time.perf_counter()
+        num_drafted, width = flight.num_draft_tokens, len(flight.rows)
+        live = [(request, row) for request, row in zip(flight.rows, packed, strict=True) if not request.is_finished]
+        if num_drafted is not None:
+            accepted = [row[-1] for _, row in live]
+            self._draft_length.observe(width, num_drafted, accepted, took if flight.is_timed else None)
+        events = []
+        for request, row in live:
+            events.append(Event(request, request.receive(row[: row[-1] + 1], num_drafted, width)))
+            request.plain_seconds = self._draft_length.plain_seconds(request.tokens_by_rows)
+        return events
+
+
+def _draft_length(drafter: DraftModel | None, config: EngineConfig, costs: RoundCosts | None) -> DraftLength:
+    if drafter is None:
+        return FixedLength(0)
+    if config.num_draft_tokens == AUTO:
+        return AdaptiveLength(config.max_draft_tokens, costs or RoundCosts())
+    return FixedLength(config.num_draft_tokens)
 
 
 def _budget(target: Target, drafter: DraftModel | None, config: EngineConfig) -> tuple[CacheCosts, int, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -20,10 +21,12 @@ class RequestStats:
 
     reused_tokens: of the prompt, those that were not run because an earlier one began alike.
     rounds: target passes after the prefill. drafted, accepted: draft tokens proposed, and those that became text (what
-    comes after a stop does not count). accepted_at[i]: rounds in which at least i + 1 drafts did.
+    comes after a stop does not count). accepted_at[i]: rounds in which at least i + 1 drafts did. rounds_by_length: of
+    the rounds, how many proposed K drafts, by K.
     mean_acceptance_length: tokens a round, 1 + accepted / rounds. prompt_tps, generation_tps: tokens/s of the
     prefill (what was reused not counted) and of decoding after the first token. ttft: seconds from submission to the
-    first token. peak_memory: GB that MLX held at most since the generation began.
+    first token. plain_seconds: what its rounds would have taken without drafts, by the rounds of K = 0 that were
+    measured; None if none was. peak_memory: GB that MLX held at most since the generation began.
     """
 
     prompt_tokens: int
@@ -33,10 +36,12 @@ class RequestStats:
     drafted: int
     accepted: int
     accepted_at: tuple[int, ...]
+    rounds_by_length: dict[int, int]
     mean_acceptance_length: float
     prompt_tps: float
     generation_tps: float
     ttft: float
+    plain_seconds: float | None
     peak_memory: float
 
 
@@ -59,8 +64,9 @@ class Request:
     reused: int = 0  # tokens of the prompt whose K/V were there already
     prefilled: int = 0  # tokens of the prompt that are in the cache, or on their way into it
     committed: int = 0  # tokens in the cache as far as the host has read, those after a stop included
-    rounds: int = 0
-    drafted: int = 0
+    rounds_by_length: Counter[int] = field(default_factory=Counter)
+    tokens_by_rows: Counter[int] = field(default_factory=Counter)  # of the batch that they came in
+    plain_seconds: float | None = None
     accepted_counts: list[int] = field(default_factory=list)
     last_taken: int = 0
     submitted: float = field(default_factory=time.perf_counter)
@@ -96,10 +102,19 @@ class Request:
         """Tokens of the row that are known to the host, the newest included."""
         return len(self.prompt) + len(self.tokens)
 
-    def receive(self, tokens: Sequence[int], drafted: int | None = None) -> list[int]:
+    @property
+    def rounds(self) -> int:
+        return self.rounds_by_length.total()
+
+    @property
+    def drafted(self) -> int:
+        return sum(k * rounds for k, rounds in self.rounds_by_length.items())
+
+    def receive(self, tokens: Sequence[int], drafted: int | None = None, rows: int = 1) -> list[int]:
         """Takes tokens in order up to a stop token or max_tokens; returns those that belong to the text.
 
         drafted: how many drafts the round proposed whose accepted ones, and one more, these are; None for a prefill's.
+        rows: of the batch in that round.
         """
         taken: list[int] = []
         self.last_token_at = time.perf_counter()
@@ -117,8 +132,8 @@ class Request:
         self.tokens += taken
         self.last_taken = len(taken)
         if drafted is not None:
-            self.rounds += 1
-            self.drafted += drafted
+            self.rounds_by_length[drafted] += 1
+            self.tokens_by_rows[rows] += len(taken)
             self.accepted_counts.append(min(len(tokens) - 1, len(taken)))
         return taken
 
@@ -145,9 +160,11 @@ class Request:
             drafted=self.drafted,
             accepted=accepted,
             accepted_at=tuple(sum(count > i for count in self.accepted_counts) for i in range(longest)),
+            rounds_by_length=dict(sorted(self.rounds_by_length.items())),
             mean_acceptance_length=1 + accepted / self.rounds if self.rounds else 1.0,
             prompt_tps=(len(self.prompt) - self.reused) / prefill if prefill > 0 else 0.0,
             generation_tps=(len(self.tokens) - 1) / decoding if decoding > 0 and self.tokens else 0.0,
             ttft=ttft,
+            plain_seconds=self.plain_seconds,
             peak_memory=peak_memory,
         )

@@ -1,0 +1,176 @@
+"""The draft-length controller in a simulated machine: costs and acceptance are known, so the best K is known too."""
+
+from __future__ import annotations
+
+import random
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import pytest
+
+from mlx_mtp.spec_decode.draft_length import Acceptance, AdaptiveLength, FixedLength, RoundCosts
+
+LONGEST = 7
+Cost = Callable[[int, int], float]
+
+COSTS: dict[str, Cost] = {
+    "memory-bound": lambda rows, k: 1 + 0.11 * k + 0.01 * rows * k,
+    "nearly free": lambda rows, k: 1 + 0.05 * k,
+    "every row costs": lambda rows, k: 0.15 + 0.85 * (k + 1) + 0.1 * k,
+    "cliff above K = 3": lambda rows, k: 1 + 0.1 * k + 0.6 * (k > 3),
+    "experts read again": lambda rows, k: 1 + 0.45 * k,
+}
+
+
+@dataclass
+class Machine:
+    """Rounds with a known cost and acceptance; what a round brought is heard one round late, as in the engine."""
+
+    policy: AdaptiveLength
+    cost: Cost
+    rows: int
+    generator: random.Random
+    noise: float = 0.05
+    chosen: list[int] = field(default_factory=list)
+    seconds: float = 0.0
+    unread: tuple[int, list[int], float | None] | None = None
+
+    def round(self, acceptance: float) -> int:
+        """Returns the K that was used."""
+        k = self.policy.choose(self.rows)
+        accepted = [self._accepted(k, acceptance) for _ in range(self.rows)]
+        seconds = self.cost(self.rows, k) * (1 + self.noise * abs(self.generator.gauss(0, 1)))
+        if self.unread is not None:
+            self.policy.observe(self.rows, *self.unread)
+        self.unread = k, accepted, seconds if self.chosen else None  # the first follows a prefill
+        self.seconds += self.cost(self.rows, k)
+        self.chosen.append(k)
+        return k
+
+    def _accepted(self, k: int, acceptance: float) -> int:
+        return next((i for i in range(k) if self.generator.random() >= acceptance), k)
+
+
+def machine(cost: str, rows: int, seed: int, noise: float = 0.05) -> Machine:
+    return Machine(AdaptiveLength(LONGEST, RoundCosts()), COSTS[cost], rows, random.Random(seed), noise)
+
+
+def tokens(acceptance: float, k: int) -> float:
+    """Expected tokens of a round."""
+    return sum(acceptance**i for i in range(k + 1))
+
+
+def best_speed(cost: Cost, rows: int, acceptance: float) -> float:
+    return max(tokens(acceptance, k) / cost(rows, k) for k in range(LONGEST + 1))
+
+
+def speed(chosen: list[int], cost: Cost, rows: int, acceptance: float) -> float:
+    return sum(tokens(acceptance, k) for k in chosen) / sum(cost(rows, k) for k in chosen)
+
+
+@pytest.mark.parametrize("acceptance", [0.0, 0.3, 0.6, 0.8, 1.0])
+@pytest.mark.parametrize("rows", [1, 8])
+@pytest.mark.parametrize("cost", COSTS)
+def test_after_64_rounds_it_is_hardly_slower_than_the_best_fixed_k(cost: str, rows: int, acceptance: float) -> None:
+    shares = []
+    for seed in range(3):
+        simulated = machine(cost, rows, seed)
+        for _ in range(364):
+            simulated.round(acceptance)
+        found = speed(simulated.chosen[64:], COSTS[cost], rows, acceptance)
+        shares.append(found / best_speed(COSTS[cost], rows, acceptance))
+    assert statistics.mean(shares) >= 0.965
+
+
+@pytest.mark.parametrize("acceptance", [0.0, 0.3, 0.6, 0.8, 1.0])
+@pytest.mark.parametrize("cost", COSTS)
+def test_a_request_of_256_tokens_that_starts_cold_loses_little(cost: str, acceptance: float) -> None:
+    shares = []
+    for seed in range(3):
+        simulated = machine(cost, 1, seed)
+        while sum(tokens(acceptance, k) for k in simulated.chosen) < 256:
+            simulated.round(acceptance)
+        found = speed(simulated.chosen, COSTS[cost], 1, acceptance)
+        shares.append(found / best_speed(COSTS[cost], 1, acceptance))
+    assert statistics.mean(shares) >= 0.93
+
+
+@pytest.mark.parametrize("rows", [1, 4, 8])
+@pytest.mark.parametrize("cost", ["memory-bound", "experts read again"])
+def test_it_gives_up_within_24_rounds_of_a_turn_and_comes_back_within_64(cost: str, rows: int) -> None:
+    for seed in range(5):
+        simulated = machine(cost, rows, seed)
+        for _ in range(100):
+            simulated.round(0.95)
+        assert statistics.mean(simulated.chosen[-20:]) >= 1
+        for _ in range(200):
+            simulated.round(0.0)
+        given_up = simulated.chosen[100:]
+        assert any(given_up[i : i + 3] == [0, 0, 0] for i in range(24)), given_up[:40]
+        assert statistics.mean(given_up[64:]) <= 0.15  # it looks again now and then
+        for _ in range(80):
+            simulated.round(0.95)
+        back = simulated.chosen[300:]
+        assert any(min(back[i : i + 3]) >= 1 for i in range(62)), back
+
+
+def test_disturbed_timings_do_not_park_it_at_a_bad_k() -> None:
+    simulated = machine("memory-bound", 1, 0, noise=0.3)
+    for _ in range(400):
+        simulated.round(0.8)
+    best = best_speed(COSTS["memory-bound"], 1, 0.8)
+    assert speed(simulated.chosen[64:], COSTS["memory-bound"], 1, 0.8) >= 0.93 * best
+
+
+def test_costs_outlive_a_request_so_that_the_next_needs_no_first_look() -> None:
+    costs = RoundCosts()
+    first = Machine(AdaptiveLength(LONGEST, costs), COSTS["memory-bound"], 1, random.Random(0))
+    for _ in range(100):
+        first.round(1.0)
+    assert first.chosen[:4].count(0) == 1
+    second = Machine(AdaptiveLength(LONGEST, costs), COSTS["memory-bound"], 1, random.Random(1))
+    for _ in range(20):
+        second.round(1.0)
+    assert 0 not in second.chosen
+    assert min(second.chosen[3:6]) >= 5
+
+
+def test_an_unknown_cost_is_drawn_through_the_known_ones_and_never_falls() -> None:
+    costs = RoundCosts()
+    assert not costs.is_known
+    costs.observe(1, 3, 1.45)
+    assert costs.seconds(1, 3) == pytest.approx([1.0, 1.15, 1.3, 1.45])  # 0.15 a step until more is known
+    costs.observe(1, 1, 1.05)
+    assert costs.seconds(1, 4) == pytest.approx([0.85, 1.05, 1.25, 1.45, 1.65])
+    costs.observe(1, 0, 1.2)  # dearer than K = 1: disturbed
+    assert costs.seconds(1, 1) == pytest.approx([1.05, 1.05])
+    assert costs.seconds(5, 1) == costs.seconds(1, 1)  # the nearest width
+
+
+def test_a_known_cliff_is_feared_until_it_is_measured() -> None:
+    costs = RoundCosts(widest_block=4)
+    for k, seconds in ((0, 1.0), (3, 1.3)):
+        costs.observe(1, k, seconds)
+    assert costs.seconds(1, 4)[4] == pytest.approx(1.4 + 0.3)
+    costs.observe(1, 4, 1.41)
+    assert costs.seconds(1, 5)[4:] == pytest.approx([1.41, 1.52])
+
+
+def test_a_position_is_believed_like_the_one_before_it_until_it_is_measured() -> None:
+    acceptance = Acceptance(3)
+    before = acceptance.expected_tokens()
+    assert before == pytest.approx([1, 1.6, 1.96, 2.176])
+    for _ in range(60):
+        acceptance.observe(2, [1])  # the first always, the second never
+    after = acceptance.expected_tokens()
+    assert after[1] == pytest.approx(2, abs=0.02)
+    assert after[3] - after[1] < 0.1
+
+
+def test_a_fixed_length_stays_what_it_is() -> None:
+    fixed = FixedLength(3)
+    fixed.observe(1, 3, [0], 1.0)
+    fixed.new_task()
+    assert (fixed.choose(1), fixed.choose(8), fixed.longest) == (3, 3, 3)
+    assert fixed.plain_seconds({1: 10}) is None
