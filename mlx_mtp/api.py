@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import reprlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -15,6 +16,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from mlx_mtp import demo, device
+from mlx_mtp.calibration import CalibrationFile, default_path, machine
 from mlx_mtp.checkpoint import memory
 from mlx_mtp.checkpoint.hub import find_drafter, local_folder
 from mlx_mtp.checkpoint.loader import (
@@ -31,6 +33,7 @@ from mlx_mtp.engine.request import FinishReason, Request, RequestStats
 from mlx_mtp.errors import RequestError
 from mlx_mtp.kv_cache import KVCache, layer_shapes
 from mlx_mtp.models.drafter import Drafter
+from mlx_mtp.models.expert_calibration import choose_dispatch
 from mlx_mtp.models.target import Target
 from mlx_mtp.spec_decode.draft_length import RoundCosts
 from mlx_mtp.tokenizer import TextStream, Tokenizer
@@ -39,6 +42,7 @@ Prompt = str | Sequence[int]
 AUTO = "auto"
 NO_DRAFTER = "none"
 ENGINE_SETTINGS = ("num_draft_tokens", "max_rows")
+NEWS = 0.1  # of a round's time: changes below that are not worth writing down
 PLANNED_CONTEXT = 8192  # tokens that the memory check allows for where nobody says more or less
 
 
@@ -47,7 +51,7 @@ class Pair:
     """A target and the drafter made for it (or none), ready to run.
 
     max_context: tokens that prompt and answer together may have. notes: what a user should know about the loading.
-    round_costs: what rounds were measured to take so far, which K = "auto" goes by.
+    round_costs: what rounds were measured to take so far, which K = "auto" goes by. calibration: where that is kept.
     """
 
     target: Target
@@ -56,6 +60,7 @@ class Pair:
     max_context: int
     notes: tuple[str, ...] = ()
     round_costs: RoundCosts = field(default_factory=RoundCosts, compare=False)
+    calibration: CalibrationFile | None = None
 
 
 @dataclass(frozen=True)
@@ -94,6 +99,8 @@ def load(
     max_context: int | None = None,
     dtype: mx.Dtype | None = None,
     before_reading: Callable[[Pair], object] | None = None,
+    calibrate: bool = True,
+    kernels: bool = True,
 ) -> Pair:
     """Loads a target and its drafter.
 
@@ -102,6 +109,8 @@ def load(
     draft_bits: quantizes the drafter while loading. max_context: tokens to plan memory for, and the limit of prompt
     and answer together; None is the model's own limit. dtype: of the weights; None is float32 on CPU, else the
     checkpoint's own. before_reading is handed the pair while no weight is read yet, to raise early (see `check`).
+    calibrate: measure once which of several equal ways through a mixture's experts is the fastest here (a second or
+    two), and keep that and what rounds take in the user's cache folder. kernels: try Metal kernels of our own as well.
 
     Raises CheckpointError, ConfigError, PairError, MemoryBudgetError or RequestError, each before any weight is read
     if it can be known by then.
@@ -134,19 +143,44 @@ def load(
     context = min(max_context or text.max_context, text.max_context)
     planned = min(context, max_context or PLANNED_CONTEXT)
     weight_bytes = _nbytes(target) + (0 if drafter is None else _nbytes(drafter))
-    slack = EngineConfig().ring_slack
-    memory.check_memory(text, weight_bytes, planned, slack, target.dtype, device.memory_bytes())
-
-    tokenizer = Tokenizer(folder)
-    heads_per_kv_head = max(text.num_heads // layer.num_kv_heads for layer in text.layers)
-    costs = RoundCosts(device.widest_block(heads_per_kv_head))
-    pair = Pair(target, drafter, tokenizer, context, tuple(notes), costs)
+    memory.check_memory(text, weight_bytes, planned, EngineConfig().ring_slack, target.dtype, device.memory_bytes())
+    costs = RoundCosts(device.widest_block(max(text.num_heads // layer.num_kv_heads for layer in text.layers)))
+    file = CalibrationFile(default_path()) if calibrate else None
+    pair = Pair(target, drafter, Tokenizer(folder), context, tuple(notes), costs, file)
     if before_reading is not None:
         before_reading(pair)
     materialize(target, "target", folder)
     if drafter is not None and draft_folder is not None:
         materialize(drafter, "drafter", draft_folder)
+    _calibrate(pair, kernels)
     return pair
+
+
+def _calibrate(pair: Pair, kernels: bool) -> None:
+    if pair.calibration is not None:
+        choose_dispatch(pair.target, pair.calibration, EngineConfig().prefill_chunk, kernels=kernels)
+        pair.round_costs.restore(pair.calibration.read(_costs_key(pair)) or {})
+
+
+def remember(pair: Pair) -> None:
+    """Keeps what rounds were measured to take for the next process, where it is news."""
+    if pair.calibration is None:
+        return
+    key, measured = _costs_key(pair), pair.round_costs.to_json()
+    known = pair.calibration.read(key) or {}
+    is_news = any(abs(seconds / known.get(rows, {}).get(k, math.inf) - 1) > NEWS
+                  for rows, by_k in measured.items() for k, seconds in by_k.items())
+    if is_news:
+        merged = {rows: {**known.get(rows, {}), **by_k} for rows, by_k in measured.items()}
+        pair.calibration.write(key, {**known, **merged})
+
+
+def _costs_key(pair: Pair) -> str:
+    """All that the costs of rounds depend on, as far as it can be told from here."""
+    sizes = [0 if model is None else _nbytes(model) for model in (pair.target, pair.drafter)]
+    text = pair.target.config.text
+    return (f"rounds: {machine()}, {len(text.layers)} layers of {text.hidden_size}, {pair.target.dtype}, {sizes[0]} "
+            f"bytes, drafter {sizes[1]} bytes")
 
 
 @overload
@@ -217,22 +251,25 @@ def stream_requests(
             yield request
 
     mx.reset_peak_memory()
-    for event in engine.run(taken(), on_prefill):
-        request = event.request
-        index, stream = running[request]
-        text = stream.add(event.tokens)
-        if request.is_finished:
-            text += stream.finish()
-        tokens = event.tokens
-        if stream.is_stopped:
-            surplus = request.stop_after(stream.num_tokens)
-            tokens = tokens[: len(tokens) - surplus]
-        if request.finish_reason is None:
-            yield Segment(index, text, tokens)
-            continue
-        del running[request]
-        stats = request.stats(mx.get_peak_memory() / memory.GB)
-        yield Segment(index, text, tokens, Result(stream.text, request.tokens, request.finish_reason, stats))
+    try:
+        for event in engine.run(taken(), on_prefill):
+            request = event.request
+            index, stream = running[request]
+            text = stream.add(event.tokens)
+            if request.is_finished:
+                text += stream.finish()
+            tokens = event.tokens
+            if stream.is_stopped:
+                surplus = request.stop_after(stream.num_tokens)
+                tokens = tokens[: len(tokens) - surplus]
+            if request.finish_reason is None:
+                yield Segment(index, text, tokens)
+                continue
+            del running[request]
+            stats = request.stats(mx.get_peak_memory() / memory.GB)
+            yield Segment(index, text, tokens, Result(stream.text, request.tokens, request.finish_reason, stats))
+    finally:
+        remember(pair)
 
 
 def score(pair: Pair, tokens: Prompt, *, chunk: int = 512) -> mx.array:

@@ -64,6 +64,8 @@ def parser() -> argparse.ArgumentParser:
     add("--num-draft-tokens", type=num_draft_tokens, default=engine.num_draft_tokens, metavar="K",
         help=f"drafts a round; 0 is plain decoding, {AUTO} takes what is measured to be fastest; never changes the "
              "text (default: %(default)s)")
+    add("--no-calibration", action="store_true", help="measure nothing and keep nothing about this machine's speed")
+    add("--no-kernels", action="store_true", help="run MLX's own operations only, no Metal kernels of this package")
     add("--verbose", type=_flag, default=True, metavar="T|F", help="notes, progress and summary (default: T)")
     add("--json", action="store_true", help="print one JSON object a completion, one a line, instead of its text")
     return cli
@@ -94,7 +96,7 @@ def _run(args: argparse.Namespace) -> int:
     work = _Work(args, _lines(args, sampling))
     try:
         pair = api.load(args.model, args.draft_model, draft_bits=args.draft_bits, max_context=args.max_context,
-                        before_reading=work.prepare)
+                        before_reading=work.prepare, calibrate=not args.no_calibration, kernels=not args.no_kernels)
         work.run(pair)
     except _NothingLeftError as reason:
         work.note(str(reason))

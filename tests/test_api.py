@@ -285,3 +285,14 @@ def test_plain_decoding_follows_the_scores(unending: Pair) -> None:
     assert len(result.tokens) == 20
     logits = mlx_mtp.score(unending, [*tokens, *result.tokens])
     assert mx.argmax(logits[len(tokens) - 1 : -1], axis=-1).tolist() == result.tokens
+
+
+def test_what_rounds_take_is_remembered_for_the_next_process_unless_the_user_forbids_it() -> None:
+    first = mlx_mtp.load(max_context=512)
+    assert first.calibration is not None
+    mlx_mtp.generate(first, PROMPT, max_tokens=120)
+    again = mlx_mtp.load(max_context=512)
+    assert again.round_costs.is_known
+    assert not mlx_mtp.load(max_context=512, calibrate=False).round_costs.is_known
+    first.calibration.path.write_text("{broken")
+    assert not mlx_mtp.load(max_context=512).round_costs.is_known

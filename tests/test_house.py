@@ -21,9 +21,10 @@ MOST_LINES, MOST_FUNCTION_LINES = 400, 60
 
 # From the bottom up: a part may import those below it. Parts in one set do not see each other.
 ORDER: tuple[frozenset[str], ...] = tuple(map(frozenset, (
-    ["errors", "device"], ["config_json"], ["config"], ["kv_span"], ["kv_cache", "models"], ["spec_decode"],
+    ["errors", "device", "channels"], ["config_json", "calibration"], ["config"], ["kv_span"], ["kv_cache", "models"],
+    ["spec_decode"],
     ["engine", "checkpoint", "tokenizer"], ["demo"], ["api"],
-    ["prompts_file", "output_file", "progress"], ["batch"], ["generate"], ["chat"], ["server"], ["__init__"],
+    ["prompts_file", "output_file", "progress"], ["batch"], ["generate"], ["chat", "check"], ["server"], ["__init__"],
 )))
 RANK = {part: rank for rank, parts in enumerate(ORDER) for part in parts}
 ALWAYS_OUTSIDE = ("convert", "bench", "tests")  # they import mlx_mtp; it never imports them

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 
 from mlx_mtp.config import ExpertsConfig
-from mlx_mtp.models.moe import SORT_FROM_ROUTES, ExpertLinear, Experts, QuantizedExpertLinear, Router
+from mlx_mtp.models.expert_dispatch import GATHER, SORTED, default_plan
+from mlx_mtp.models.moe import ExpertLinear, Experts, QuantizedExpertLinear, Router
 
 HIDDEN, EPS = 32, 1e-6
 SETTINGS = ExpertsConfig(num_experts=16, top_k=4, intermediate_size=64)
-COUNTS = [1, 2, 3, 7, 15, 16, 17, 40, 200]  # 16 tokens of 4 routes are the first that get sorted
+COUNTS = [1, 2, 3, 7, 8, 16, 17, 40, 200]  # by the default plan the first are not sorted
 Matrices = tuple[np.ndarray, np.ndarray, np.ndarray]
 Routing = Callable[[np.random.Generator, int], np.ndarray]
 
@@ -85,10 +86,8 @@ def assert_equals_dense(experts: Experts, matrices: Matrices, routing: Routing, 
     assert np.abs(exact(got) - expected).max() <= tolerance * np.abs(expected).max()
 
 
-def test_the_counts_below_lie_on_both_sides_of_sorting() -> None:
-    routes = [count * SETTINGS.top_k for count in COUNTS]
-    assert SORT_FROM_ROUTES in routes
-    assert min(routes) < SORT_FROM_ROUTES < max(routes)
+def test_the_counts_above_lie_on_both_sides_of_sorting() -> None:
+    assert {default_plan().strategy(count * SETTINGS.top_k) for count in COUNTS} == {GATHER, SORTED}
 
 
 @ROUTINGS
@@ -125,17 +124,6 @@ def test_a_quantized_matrix_keeps_its_format_and_is_not_trained() -> None:
     assert quantized.weight.shape == (4, 32, 8)
     assert quantized.scales.shape == quantized.biases.shape == (4, 32, 2)
     assert quantized.trainable_parameters() == {}
-
-
-def test_sorted_and_unsorted_dispatch_give_the_same_tokens_in_the_same_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    mx.random.seed(0)
-    experts, x = Experts(HIDDEN, SETTINGS), mx.random.normal((40, HIDDEN))
-    chosen, weights, _ = routed(uniform, 40)
-    outputs = []
-    for limit in (1, 10**6):
-        monkeypatch.setattr("mlx_mtp.models.moe.SORT_FROM_ROUTES", limit)
-        outputs.append(exact(experts(x, mx.array(chosen, mx.uint32), mx.array(weights))))
-    assert np.allclose(*outputs, rtol=0, atol=1e-6)
 
 
 def router(seed: int = 0) -> Router:

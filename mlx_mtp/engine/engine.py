@@ -43,6 +43,7 @@ from mlx_mtp.spec_decode.sampler import Sampler
 
 Progress = Callable[[int, int], None]
 
+LEAST_WAIT = 0.2  # of a round's time, for the host to have waited for the device rather than the device for it
 PREFIX_SHARE = 0.2  # of the memory beside the weights, at most, for prefixes that no row uses
 
 
@@ -295,13 +296,19 @@ class Engine:
         return True
 
     def _land(self, flight: _Flight) -> list[Event]:
+        began = time.perf_counter()
         packed = read(flight.output).tolist()
-        took, self._landed_at = time.perf_counter() - self._landed_at, time.perf_counter()
+        landed = time.perf_counter()
+        took, waited, self._landed_at = landed - self._landed_at, landed - began, landed
         num_drafted, width = flight.num_draft_tokens, len(flight.rows)
         live = [(request, row) for request, row in zip(flight.rows, packed, strict=True) if not request.is_finished]
         if num_drafted is not None:
             accepted = [row[-1] for _, row in live]
-            self._draft_length.observe(width, num_drafted, accepted, took if flight.is_timed else None)
+            # A host that hardly waited is what took the time, and it was busy with the next round.
+            is_its_own = waited > LEAST_WAIT * took or (
+                bool(self._flights) and self._flights[0].num_draft_tokens == num_drafted)
+            self._draft_length.observe(
+                width, num_drafted, accepted, took if flight.is_timed and is_its_own else None)
         events = []
         for request, row in live:
             events.append(Event(request, request.receive(row[: row[-1] + 1], num_drafted, width)))

@@ -8,10 +8,10 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_mtp.config import ExpertsConfig
-from mlx_mtp.models.layers import geglu, rms_norm
-
-# Sorting lets neighbouring rows share an expert's weights; below this many routes it costs more than it saves.
-SORT_FROM_ROUTES = 64
+from mlx_mtp.models.expert_dispatch import DispatchPlan, ExpertMLP, default_plan, dispatch
+from mlx_mtp.models.expert_kernel import PackedMatrix, pack, pack_quantized
+from mlx_mtp.models.expert_statistics import RoutingCounter, Uncounted
+from mlx_mtp.models.layers import rms_norm
 
 
 class Router(nn.Module):
@@ -41,8 +41,16 @@ class ExpertLinear(nn.Module):
         self.weight = mx.random.uniform(-scale, scale, (num_experts, out_dims, in_dims))
 
     def __call__(self, x: mx.array, experts: mx.array, sorted_experts: bool) -> mx.array:
-        """x: [routes, 1, in], experts: [routes] -> [routes, 1, out]."""
+        """x: [n or 1, rows, in], experts: [n] -> [n, rows, out]."""
         return mx.gather_mm(x, self.weight.swapaxes(-1, -2), rhs_indices=experts, sorted_indices=sorted_experts)
+
+    @property
+    def num_experts(self) -> int:
+        return self.weight.shape[0]
+
+    def packed(self) -> PackedMatrix | None:
+        """The matrices as the kernel reads them, or None if it cannot."""
+        return pack(self.weight)
 
     def to_quantized(self, group_size: int, bits: int, mode: str = "affine", **_: object) -> QuantizedExpertLinear:
         """mlx.nn.quantize calls this."""
@@ -61,15 +69,28 @@ class QuantizedExpertLinear(nn.Module):
         self.freeze()
 
     def __call__(self, x: mx.array, experts: mx.array, sorted_experts: bool) -> mx.array:
-        """x: [routes, 1, in], experts: [routes] -> [routes, 1, out]."""
+        """x: [n or 1, rows, in], experts: [n] -> [n, rows, out]."""
         return mx.gather_qmm(
             x, self.weight, self.scales, self.get("biases"), rhs_indices=experts, transpose=True,
             group_size=self.group_size, bits=self.bits, mode=self.mode, sorted_indices=sorted_experts,
         )
 
+    @property
+    def num_experts(self) -> int:
+        return self.weight.shape[0]
+
+    def packed(self) -> PackedMatrix | None:
+        """The matrices as the kernel reads them, or None if it cannot."""
+        biases = self.get("biases")
+        return pack_quantized(self.weight, self.scales, biases, self.bits, self.group_size)
+
 
 class SwitchGLU(nn.Module):
-    """The experts' gated MLPs. The names are mlx-lm's, since they are part of the checkpoint format."""
+    """The experts' gated MLPs. The names are mlx-lm's, since they are part of the checkpoint format.
+
+    Gate and up stay two arrays: one of both would have to be a copy, and measured no faster on CPU. The kernel reads
+    both in one go as they are.
+    """
 
     def __init__(self, hidden_size: int, experts: ExpertsConfig) -> None:
         super().__init__()
@@ -77,20 +98,29 @@ class SwitchGLU(nn.Module):
         self.gate_proj = ExpertLinear(count, hidden_size, width)
         self.up_proj = ExpertLinear(count, hidden_size, width)
         self.down_proj = ExpertLinear(count, width, hidden_size)
+        self._plan = default_plan()
+        self._counter: RoutingCounter = Uncounted()
+
+    @property
+    def plan(self) -> DispatchPlan:
+        return self._plan
+
+    @property
+    def mlp(self) -> ExpertMLP:
+        return ExpertMLP(self.gate_proj, self.up_proj, self.down_proj)
+
+    def use_dispatch(self, plan: DispatchPlan) -> None:
+        """From now on routes go to their experts by this plan."""
+        self._plan = plan
+
+    def count_routing(self, counter: RoutingCounter) -> None:
+        """From now on this counter is told of every pass."""
+        self._counter = counter
 
     def __call__(self, x: mx.array, experts: mx.array) -> mx.array:
         """x: [N, D], experts: [N, top_k] -> [N, top_k, D], each route's expert applied to its token."""
-        tokens, top_k = experts.shape
-        routes, flat = mx.repeat(mx.arange(tokens), top_k), experts.flatten()
-        if is_sorted := flat.size >= SORT_FROM_ROUTES:
-            order = mx.argsort(flat)
-            routes, flat = routes[order], flat[order]
-        rows = x[routes][:, None]
-        hidden = geglu(self.gate_proj(rows, flat, is_sorted), self.up_proj(rows, flat, is_sorted))
-        out = self.down_proj(hidden, flat, is_sorted)[:, 0]
-        if is_sorted:
-            out = out[mx.argsort(order)]
-        return out.reshape(tokens, top_k, -1)
+        self._counter.add(experts)
+        return dispatch(self._plan.strategy(experts.size), x, experts, self.mlp)
 
 
 class Experts(nn.Module):

@@ -9,12 +9,13 @@ Nothing here touches the device, and nothing here can change a text: only how fa
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Protocol
+from typing import Any, Protocol
 
 MEMORY = 40  # rounds after which an observation counts for 1/e
 SURPRISE = 3.0  # standard deviations from what was expected, lately, that make the past count for little
@@ -27,7 +28,9 @@ SAMPLES = 15  # of the cost of a round, the newest ones
 USUAL_STEP = 0.15
 CLIFF = 0.3
 FIRST_K = 3
-FIRST_LAUNCHES = 3  # rounds of K = 0 and of K = FIRST_K, at most, until both are timed at a new width
+FIRST_LOOKS = 3  # at a new width, at most, until K = 0 and another K are timed
+WELL_TIMED = 3  # samples
+LONG_LOOK = 3  # rounds in a row, of which two are timed even where the host is the slower one
 SOONEST_LOOK, LATEST_LOOK = 8, 48  # rounds between two looks at a neighbouring K
 LOOKING = 0.01  # the share of the speed that looking may cost in the long run
 
@@ -134,6 +137,7 @@ class RoundCosts:
 
     def __init__(self, widest_block: int | None = None) -> None:
         self._widest_block = widest_block
+        self._begun: set[tuple[int, int]] = set()
         self._samples: dict[int, dict[int, deque[float]]] = {}
         self._curves: dict[tuple[int, int], list[float]] = {}
 
@@ -141,7 +145,12 @@ class RoundCosts:
     def is_known(self) -> bool:
         return bool(self._samples)
 
-    def observe(self, rows: int, num_draft_tokens: int, seconds: float) -> None:
+    def observe(self, rows: int, num_draft_tokens: int, seconds: float | None) -> None:
+        """seconds: None if it could not be timed. The first round of its kind never counts: it makes new buffers."""
+        is_first = (rows, num_draft_tokens) not in self._begun
+        self._begun.add((rows, num_draft_tokens))
+        if seconds is None or is_first:
+            return
         self._samples.setdefault(rows, {}).setdefault(num_draft_tokens, deque(maxlen=SAMPLES)).append(seconds)
         self._curves.clear()
 
@@ -151,12 +160,29 @@ class RoundCosts:
     def seconds(self, rows: int, longest: int) -> list[float]:
         """Of K = 0, 1, ..., longest: measured, or drawn through what is, at the nearest width. Something `is_known`."""
         if (rows, longest) not in self._curves:
-            width = min(self._samples, key=lambda known: (abs(known - rows), known))
-            known = {k: _typical(samples) for k, samples in self._samples[width].items()}
-            # No round is dearer than one with more drafts: what says otherwise was disturbed.
-            known = {k: min(seconds for other, seconds in known.items() if other >= k) for k in known}
+            known = self._known(min(self._samples, key=lambda width: (abs(width - rows), width)))
             self._curves[rows, longest] = [self._between(known, k) for k in range(longest + 1)]
         return self._curves[rows, longest]
+
+    def to_json(self) -> dict[str, dict[str, float]]:
+        """Rows -> K -> seconds, of what is well timed."""
+        return {
+            str(rows): {str(k): _typical(samples) for k, samples in by_k.items() if len(samples) >= WELL_TIMED}
+            for rows, by_k in self._samples.items()
+        }
+
+    def restore(self, raw: Mapping[str, Any]) -> None:
+        """Takes what `to_json` gave as one timing each. Whatever else `raw` holds is left aside: it was a cache."""
+        for rows, by_k in raw.items():
+            for k, seconds in by_k.items() if isinstance(by_k, Mapping) else ():
+                if rows.isdecimal() and k.isdecimal() and isinstance(seconds, float) and 0 < seconds < math.inf:
+                    self.observe(int(rows), int(k), None)
+                    self.observe(int(rows), int(k), seconds)
+
+    def _known(self, width: int) -> dict[int, float]:
+        """K -> seconds. No round is dearer than one with more drafts: what says otherwise was disturbed."""
+        known = {k: _typical(samples) for k, samples in self._samples[width].items()}
+        return {k: min(seconds for other, seconds in known.items() if other >= k) for k in known}
 
     def _between(self, known: Mapping[int, float], k: int) -> float:
         """Along straight lines through what is known; beyond it, on along the last one."""
@@ -177,47 +203,35 @@ class RoundCosts:
 class AdaptiveLength:
     """Never slower than the best fixed K for long: it hill-climbs on measured costs, and looks again when it has left.
 
-    A new width begins with a few rounds of K = 0 and of FIRST_K, so that both costs are known. After that the best K
-    runs, and now and then, ever more seldom, one of its neighbours. Where drafting loses, that best is 0.
+    A new width begins with a few rounds of K = 0 and of another K, so that both costs are known. After that the best K
+    runs, and now and then, the more seldom the more it costs, one of its neighbours. Where drafting loses, 0 is best.
     """
 
     def __init__(self, longest: int, costs: RoundCosts) -> None:
         self.longest = longest
         self._costs = costs
         self._acceptance = Acceptance(longest)
-        self._launched: Counter[tuple[int, int]] = Counter()  # first looks, by (rows, K)
-        self._underway: Counter[tuple[int, int]] = Counter()  # of those, they that were not read yet
+        self._planned: deque[int] = deque()
+        self._first_looks: Counter[int] = Counter()  # by rows
+        self._chosen = self._heard = self._first_look_until = 0  # rounds
         self._best, self._rows = -1, 0
         self._wait = self._countdown = SOONEST_LOOK
         self._looks = 0
 
     def choose(self, rows: int) -> int:
-        if (first := self._first_look(rows)) is not None:
-            return first
-        if not self._costs.is_known:
-            return min(FIRST_K, self.longest)
-        speeds = self._speeds(rows)
-        best = max(range(len(speeds)), key=speeds.__getitem__)
-        if (best, rows) != (self._best, self._rows):
-            self._best, self._rows = best, rows
-            self._wait = self._countdown = SOONEST_LOOK
-        self._countdown -= 1
-        if self._countdown > 0:
-            return best
-        neighbours = [k for k in (best + 1, best - 1) if 0 <= k <= self.longest]
-        self._looks += 1
-        chosen = neighbours[self._looks % len(neighbours)]
-        loss = 1 - speeds[chosen] / speeds[best]
-        self._wait = min(2 * self._wait, max(SOONEST_LOOK, int(loss / LOOKING)), LATEST_LOOK)
-        self._countdown = self._wait
-        return chosen
+        if rows != self._rows:
+            self._planned.clear()
+            self._rows, self._best = rows, -1
+        if not self._planned:
+            self._plan(rows)
+        self._chosen += 1
+        return self._planned.popleft()
 
     def observe(self, rows: int, num_draft_tokens: int, accepted: Sequence[int], seconds: float | None) -> None:
-        self._underway.pop((rows, num_draft_tokens), None)
+        self._heard += 1
         if self._acceptance.observe(num_draft_tokens, accepted):
             self._wait, self._countdown = SOONEST_LOOK, 1
-        if seconds is not None:
-            self._costs.observe(rows, num_draft_tokens, seconds)
+        self._costs.observe(rows, num_draft_tokens, seconds)
 
     def new_task(self) -> None:
         self._acceptance.loosen()
@@ -233,15 +247,33 @@ class AdaptiveLength:
         tokens = self._acceptance.expected_tokens()
         return [count / seconds for count, seconds in zip(tokens, self._costs.seconds(rows, self.longest), strict=True)]
 
-    def _first_look(self, rows: int) -> int | None:
-        for k in (min(FIRST_K, self.longest), 0):
-            look = rows, k
-            is_due = not self._costs.count(rows, k) and not self._underway[look]
-            if is_due and self._launched[look] < FIRST_LAUNCHES:
-                self._launched[look] += 1
-                self._underway[look] += 1
-                return k
-        return None
+    def _plan(self, rows: int) -> None:
+        """Decides on the next round, or the next few."""
+        speeds = self._speeds(rows) if self._costs.is_known else []
+        best = max(range(len(speeds)), key=speeds.__getitem__) if speeds else min(FIRST_K, self.longest)
+        is_over = self._heard >= self._first_look_until
+        if is_over and not self._costs.count(rows, 0) and self._first_looks[rows] < FIRST_LOOKS:
+            self._first_looks[rows] += 1
+            each = 1 + self._first_looks[rows]
+            self._first_look_until = self._chosen + 2 * each
+            self._planned.extend([max(best, min(1, self.longest))] * each + [0] * each)
+            return
+        if best != self._best:
+            self._best = best
+            self._wait = self._countdown = SOONEST_LOOK
+        self._countdown -= 1
+        if self._countdown > 0 or not speeds:
+            self._planned.append(best)
+            return
+        neighbours = [k for k in (best + 1, best - 1) if 0 <= k <= self.longest]
+        self._looks += 1
+        look = neighbours[self._looks % len(neighbours)]
+        loss = 1 - speeds[look] / speeds[best]
+        is_dear = LONG_LOOK * loss > LOOKING * LATEST_LOOK
+        rounds = 1 if is_dear and self._costs.count(rows, look) >= WELL_TIMED else LONG_LOOK
+        self._planned.extend([look] * rounds)
+        self._wait = min(2 * self._wait, max(SOONEST_LOOK, int(rounds * loss / LOOKING)), LATEST_LOOK)
+        self._countdown = self._wait
 
 
 def _typical(samples: Sequence[float]) -> float:

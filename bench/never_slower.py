@@ -1,0 +1,126 @@
+"""Is K = "auto" never slower? Replayed acceptance from 0 to 1, against every fixed K.
+
+    python -m bench.never_slower [FOLDER] [--rows 1 4 8] [--acceptance 0 0.4 0.8 1]     FOLDER as in bench.serving
+
+What a round costs by K is measured first, in interleaved blocks as in bench.rounds. Then the engine decodes with
+"auto", cold, and the Ks it chose are priced with those costs: so a machine that is disturbed now and then may mislead
+the controller, but not this comparison. The clock's own figure stands beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import mlx_mtp
+from bench.card import environment_card, print_card
+from bench.prompts import RANDOM, random_prompts
+from bench.replay import ReplayDrafter, replayed_drafts
+from bench.rounds import interleaved, round_timer
+from mlx_mtp import Pair
+from mlx_mtp.config import EngineConfig, SamplingParams
+from mlx_mtp.engine.engine import Engine
+from mlx_mtp.engine.request import Request
+
+PROMPT = 48
+TOKENS = 1000  # of each text
+ROUNDS = 200
+SETTLED = 64  # rounds after which it should know
+COLD = 256  # tokens of a whole request
+
+
+def costs(pair: Pair, rows: int, runs: int = 6) -> list[float]:
+    """Seconds of a round for K = 0, 1, ..., the longest: medians of interleaved blocks."""
+    timers = [round_timer(pair, rows, PROMPT + 200, k) for k in range(EngineConfig().max_draft_tokens + 1)]
+    return [statistics.median(seconds) for seconds in interleaved(timers, runs)]
+
+
+def texts(pair: Pair, rows: int) -> list[list[int]]:
+    """Plain decoding's, prompts included."""
+    requests = [Request(prompt, SamplingParams(TOKENS), frozenset(), 10**6)
+                for prompt in random_prompts(RANDOM, rows, PROMPT)]
+    for _ in Engine(pair.target, None, EngineConfig(prefix_tokens=0, prefill_chunk=rows * PROMPT)).run(requests):
+        pass
+    return [[*request.prompt, *request.tokens] for request in requests]
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One cold run: its Ks in order, tokens a row, and seconds by the clock."""
+
+    lengths: list[int]
+    tokens: list[float]
+    seconds: list[float]
+
+    def speed(self, round_costs: Sequence[float], start: int, stop: int) -> float:
+        """Tokens a second of a row in these rounds, each priced by its K."""
+        chosen = range(start, min(stop, len(self.lengths)))
+        return sum(self.tokens[i] for i in chosen) / sum(round_costs[self.lengths[i]] for i in chosen)
+
+
+class _Noted(Engine):
+    """An engine that tells which K each round had."""
+
+    def rounds(self, requests: Sequence[Request]) -> Seen:
+        lengths: list[int] = []
+        tokens: list[float] = []
+        seconds: list[float] = []
+        for request in requests:
+            self.submit(request)
+        while len(lengths) < ROUNDS and not any(request.is_finished for request in requests):
+            before = [Counter(request.rounds_by_length) for request in requests]
+            began = time.perf_counter()
+            events = self.step()
+            took = time.perf_counter() - began
+            new = Counter(requests[0].rounds_by_length) - before[0]
+            if new and not any(request.is_finished for request in requests):
+                lengths += new.elements()
+                tokens.append(sum(len(event.tokens) for event in events) / len(requests))
+                seconds.append(took)
+        return Seen(lengths, tokens, seconds)
+
+
+def expected(acceptance: float, k: int) -> float:
+    return sum(acceptance**i for i in range(k + 1))
+
+
+def compare(pair: Pair, rows: int, acceptance: float, known: list[list[int]], round_costs: list[float]) -> None:
+    assert pair.drafter is not None
+    drafter = ReplayDrafter(pair.drafter, replayed_drafts(known, acceptance, pair.target.config.text.vocab_size))
+    engine = _Noted(pair.target, drafter, EngineConfig(prefix_tokens=0, prefill_chunk=rows * PROMPT))
+    seen = engine.rounds([Request(text[:PROMPT], SamplingParams(TOKENS), frozenset(), 10**6) for text in known])
+    speeds = [expected(acceptance, k) / seconds for k, seconds in enumerate(round_costs)]
+    best = max(range(len(speeds)), key=speeds.__getitem__)
+    # The text's own share of right drafts differs a little from the one asked for; tokens are therefore expected ones.
+    priced = Seen(seen.lengths, [expected(acceptance, k) for k in seen.lengths], seen.seconds)
+    cold = next((i for i in range(len(priced.tokens)) if sum(priced.tokens[: i + 1]) >= COLD), len(priced.tokens))
+    clock = sum(seen.tokens[SETTLED:]) / sum(seen.seconds[SETTLED:]) if seen.seconds[SETTLED:] else float("nan")
+    print(f"rows {rows}  acceptance {acceptance:.1f}  best fixed K = {best} ({rows * speeds[best]:.1f} tok/s)  "
+          f"auto after {SETTLED} rounds {priced.speed(round_costs, SETTLED, ROUNDS) / speeds[best]:.3f}, "
+          f"first {COLD} tokens {priced.speed(round_costs, 0, cold + 1) / speeds[best]:.3f}; by the clock "
+          f"{clock / speeds[best]:.2f}; Ks {dict(sorted(Counter(seen.lengths[SETTLED:]).items()))}", flush=True)
+
+
+def main() -> None:
+    cli = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    cli.add_argument("folder", nargs="?", default="demo")
+    cli.add_argument("--rows", type=int, nargs="+", default=[1, 4, 8])
+    cli.add_argument("--acceptance", type=float, nargs="+", default=[0.0, 0.2, 0.4, 0.6, 0.8, 1.0])
+    args = cli.parse_args()
+    pair = mlx_mtp.load(None if args.folder == "demo" else args.folder)
+    print_card(environment_card())
+    known = texts(pair, max(args.rows))
+    for rows in args.rows:
+        round_costs = costs(pair, rows)
+        print(f"rows {rows}: a round takes", "  ".join(f"{1e3 * seconds:.1f}" for seconds in round_costs),
+              "ms for K = 0, 1, ...")
+        for acceptance in args.acceptance:
+            compare(pair, rows, acceptance, known[:rows], round_costs)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,212 @@
+"""A Metal kernel for experts in decoding: each touched expert's weights are read and decoded once for up to 8 rows.
+
+MLX's own gathered products read an expert again for every route where rows are single, or run unfilled rows of a tile
+where they are not. Here a simdgroup of 32 lanes takes one tile (rows of one expert) and a few of the matrix' outputs:
+lanes read neighbouring words of the weights, decode them to float32 and use them for every row of the tile that is
+filled. Tiles that are not needed return at once, so the bound on their number costs nothing.
+
+The body is written in what Metal and C++ have in common. A test compiles it as C++, runs it lane by lane and counts its
+reads; on a device it is compared with the portable path before it is ever used (see `expert_calibration`).
+
+Rounding: weights are decoded as scale * q + bias in float32, rows are widened to float32, and sums are float32. They
+are rounded to the rows' dtype twice: the hidden row after gelu(gate) * up, and the output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+
+from mlx_mtp.device import is_gpu
+
+TILE_ROWS = 8  # the body keeps so many sums of each output in registers
+BLOCK = 8  # inputs a lane takes at a time
+LANES = 32
+OUTPUTS = 4  # of a simdgroup, over all matrices
+SIMDGROUPS = 4  # of a threadgroup; they share nothing but the cache
+
+
+class PackedMatrix(NamedTuple):
+    """Experts' matrices as 32-bit words: [E, out, in * bits / 32] uint32.
+
+    bits 4 and 8 are affine with scales and biases [E, out, in / group_size]; 16 is bfloat16 and 32 float32 as they are,
+    whose scales and biases are not read.
+    """
+
+    words: mx.array
+    scales: mx.array
+    biases: mx.array
+    bits: int
+    group_size: int
+
+    @property
+    def outputs(self) -> int:
+        return self.words.shape[1]
+
+    @property
+    def inputs(self) -> int:
+        return self.words.shape[2] * 32 // self.bits
+
+
+def pack(weight: mx.array) -> PackedMatrix | None:
+    """A plain matrix [E, out, in] for the kernel, without a copy; None if it has another dtype or an odd width."""
+    if weight.dtype not in (mx.bfloat16, mx.float32) or weight.shape[-1] % BLOCK:
+        return None
+    unread = mx.zeros((BLOCK,))
+    return PackedMatrix(weight.view(mx.uint32), unread, unread, 8 * weight.itemsize, weight.shape[-1])
+
+
+def pack_quantized(
+    words: mx.array, scales: mx.array, biases: mx.array | None, bits: int, group_size: int
+) -> PackedMatrix | None:
+    """A quantized matrix for the kernel; None if it is of a kind that the kernel cannot decode."""
+    if biases is None or bits not in (4, 8):
+        return None
+    return PackedMatrix(words, scales, biases, bits, group_size)
+
+
+def is_available() -> bool:
+    """Whether there is a device that kernels in Metal can run on."""
+    return is_gpu() and mx.metal.is_available()
+
+
+DECODE = """
+                const size_t MATRIX_words = row * (IN * BITS / 32) + column * BITS / 32;
+                float MATRIX_scale = 1, MATRIX_bias = 0;
+                if (BITS < 16) {
+                    MATRIX_scale = float(MATRIX_scales[row * (IN / GROUP) + column / GROUP]);
+                    MATRIX_bias = float(MATRIX_biases[row * (IN / GROUP) + column / GROUP]);
+                }
+                UNROLL
+                for (int w = 0; w < BITS / 4; ++w) {
+                    const uint32_t word = MATRIX[MATRIX_words + w];
+                    UNROLL
+                    for (int i = 0; i < 32 / BITS; ++i) {
+                        const uint32_t bits = word >> (i * BITS);
+                        float value;
+                        if (BITS == 32) value = as_type<float>(bits);
+                        else if (BITS == 16) value = as_type<float>(bits << 16);
+                        else value = MATRIX_scale * float(bits & ((1u << (BITS % 32)) - 1)) + MATRIX_bias;
+                        MATRIX_block[o][w * (32 / BITS) + i] = value;
+                    }
+                }
+"""
+
+BODY = """
+    const int lane = thread_index_in_simdgroup;
+    const int tile = thread_position_in_grid.z;
+    const int first_out = thread_position_in_grid.y * OUTS;
+    const int rows = tile_rows[tile];
+    if (rows == 0) return;
+    const int expert = tile_expert[tile];
+    int route[8], source[8];
+    UNROLL
+    for (int r = 0; r < 8; ++r) {
+        route[r] = r < rows ? int(order[tile_first[tile] + r]) : 0;
+        source[r] = route[r] / ROUTES_PER_ROW;
+    }
+    DECLARE_SUMS
+    for (int column = lane * 8; column < IN; column += 32 * 8) {
+        DECLARE_BLOCKS
+        UNROLL
+        for (int o = 0; o < OUTS; ++o) {
+            if (first_out + o < OUT) {
+                const size_t row = size_t(expert) * OUT + first_out + o;
+                DECODE_BLOCKS
+            }
+        }
+        UNROLL
+        for (int r = 0; r < 8; ++r) {
+            if (r < rows) {
+                float inputs[8];
+                UNROLL
+                for (int i = 0; i < 8; ++i) inputs[i] = float(x[size_t(source[r]) * IN + column + i]);
+                UNROLL
+                for (int o = 0; o < OUTS; ++o) {
+                    UNROLL
+                    for (int i = 0; i < 8; ++i) {
+                        ADD_PRODUCTS
+                    }
+                }
+            }
+        }
+    }
+    UNROLL
+    for (int r = 0; r < 8; ++r) {
+        UNROLL
+        for (int o = 0; o < OUTS; ++o) {
+            if (r < rows && first_out + o < OUT) {
+                FINISH
+                if (lane == r) out[size_t(route[r]) * OUT + first_out + o] = T(value);
+            }
+        }
+    }
+"""
+
+PRODUCT = "const float value = simd_sum(weight_sums[o][r]);"
+GATED = """
+            const float gate_sum = simd_sum(gate_sums[o][r]), up_sum = simd_sum(up_sums[o][r]);
+            const float z = 0.7978845608f * (gate_sum + 0.044715f * gate_sum * gate_sum * gate_sum);
+            const float value = gate_sum * up_sum / (1 + metal::exp(-2 * z));
+"""
+
+
+def source(matrices: tuple[str, ...], finish: str) -> str:
+    """The kernel's body for these matrices, which read the same rows; `finish` makes `value` of their sums."""
+
+    def each(text: str) -> str:
+        return "".join(text.replace("MATRIX", name) for name in matrices)
+
+    body = BODY.replace("DECLARE_SUMS", each("float MATRIX_sums[OUTS][8] = {};"))
+    body = body.replace("DECLARE_BLOCKS", each("float MATRIX_block[OUTS][8] = {};"))
+    body = body.replace("DECODE_BLOCKS", each(DECODE))
+    body = body.replace("ADD_PRODUCTS", each("MATRIX_sums[o][r] += MATRIX_block[o][i] * inputs[i];"))
+    body = body.replace("FINISH", finish).replace("OUTS", str(OUTPUTS // len(matrices)))
+    return body.replace("UNROLL", '_Pragma("clang loop unroll(full)")')  # arrays stay in registers only if unrolled
+
+
+MATRICES = {"product": ("weight",), "gate_up": ("gate", "up")}
+SOURCES = {"product": source(MATRICES["product"], PRODUCT), "gate_up": source(MATRICES["gate_up"], GATED)}
+TILE_NAMES = ("order", "tile_expert", "tile_first", "tile_rows")
+
+
+def input_names(kind: str) -> list[str]:
+    """The kernel's inputs in order: rows, the parts of each matrix, tiles."""
+    return ["x", *(name + part for name in MATRICES[kind] for part in ("", "_scales", "_biases")), *TILE_NAMES]
+
+
+@cache
+def _built(kind: str) -> Callable[..., Any]:
+    kernel: Any = mx.fast.metal_kernel(
+        name=f"mlx_mtp_expert_{kind}", input_names=input_names(kind), output_names=["out"], source=SOURCES[kind]
+    )
+    return kernel
+
+
+def _run(kind: str, x: mx.array, matrices: tuple[PackedMatrix, ...], tiles: tuple[mx.array, ...]) -> mx.array:
+    order, experts, *_ = tiles
+    packed, routes = matrices[0], order.size
+    blocks = -(-packed.outputs // (OUTPUTS // len(matrices)))
+    operands = [array for matrix in matrices for array in (matrix.words, matrix.scales, matrix.biases)]
+    return _built(kind)(
+        inputs=[x, *operands, *tiles],
+        template=[("T", x.dtype), ("IN", packed.inputs), ("OUT", packed.outputs), ("BITS", packed.bits),
+                  ("GROUP", packed.group_size), ("ROUTES_PER_ROW", routes // x.shape[0])],
+        grid=(LANES, blocks, experts.size),
+        threadgroup=(LANES, min(SIMDGROUPS, blocks), 1),
+        output_shapes=[(routes, packed.outputs)],
+        output_dtypes=[x.dtype],
+    )[0]
+
+
+def gate_up_kernel(x: mx.array, gate: PackedMatrix, up: PackedMatrix, *tiles: mx.array) -> mx.array:
+    """gelu(x gate) * (x up) for every route: x [N, in] -> [R, out]. tiles: order, experts, first, rows of `Tiles`."""
+    return _run("gate_up", x, (gate, up), tiles)
+
+
+def product_kernel(x: mx.array, weight: PackedMatrix, *tiles: mx.array) -> mx.array:
+    """x weight for every route: x [R, in] -> [R, out]. tiles: order, experts, first, rows of `Tiles`."""
+    return _run("product", x, (weight,), tiles)

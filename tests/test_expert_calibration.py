@@ -1,0 +1,198 @@
+"""Calibration measures, keeps and uses what is fastest; the kernel has to prove itself first."""
+
+from __future__ import annotations
+
+import json
+import logging
+from itertools import count
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from support import GOLDENS
+
+from mlx_mtp.calibration import CalibrationFile
+from mlx_mtp.checkpoint.loader import load_target
+from mlx_mtp.config import ExpertsConfig
+from mlx_mtp.models import expert_calibration, expert_kernel
+from mlx_mtp.models.expert_calibration import (
+    PORTABLE,
+    Costs,
+    Shape,
+    candidates,
+    choose_dispatch,
+    kernel_is_sound,
+    measure,
+)
+from mlx_mtp.models.expert_dispatch import ALL, GATHER, KERNEL, SORTED, default_plan, dispatch
+from mlx_mtp.models.moe import SwitchGLU
+
+SHAPE = Shape(hidden_size=32, num_experts=8, top_k=2, dtype=mx.float32)
+
+
+def layer() -> SwitchGLU:
+    mx.random.seed(0)
+    return SwitchGLU(32, ExpertsConfig(8, 2, 64))
+
+
+def target_of(layers: list[SwitchGLU], is_mixture: bool = True) -> Any:
+    """As much of a target as calibration looks at."""
+    text = SimpleNamespace(hidden_size=32, experts=ExpertsConfig(8, 2, 64) if is_mixture else None)
+    return SimpleNamespace(config=SimpleNamespace(text=text), dtype=mx.float32, modules=lambda: [object(), *layers])
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> CalibrationFile:
+    return CalibrationFile(tmp_path / "calibration.json")
+
+
+@pytest.fixture
+def with_costs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Replaces measuring by figures in which grouped-8 wins; the list counts how often it was asked."""
+    asked: list[int] = []
+
+    def measured(layers: object, shape: object, tokens: object, strategies: list[str], **_: object) -> Costs:
+        asked.append(len(strategies))
+        return Costs({2: {GATHER: 1.0, SORTED: 2.0}, 128: {SORTED: 4.0, "grouped-8": 3.0, KERNEL: 1.0}})
+
+    monkeypatch.setattr(expert_calibration, "measure", measured)
+    return asked
+
+
+def test_what_was_measured_once_is_used_and_not_measured_again(file: CalibrationFile, with_costs: list[int]) -> None:
+    first, second = layer(), layer()
+    plan = choose_dispatch(target_of([first]), file, 64)
+    assert plan == choose_dispatch(target_of([second, second]), file, 64)
+    assert first.plan == second.plan == plan
+    assert plan.strategy(2) == GATHER
+    assert plan.strategy(128) == "grouped-8"  # the kernel was not on offer
+    assert len(with_costs) == 1
+
+
+def test_another_shape_is_measured_by_itself(file: CalibrationFile, with_costs: list[int]) -> None:
+    choose_dispatch(target_of([layer()]), file, 64)
+    quantized = layer()
+    quantized.gate_proj = quantized.gate_proj.to_quantized(32, 4)
+    choose_dispatch(target_of([quantized]), file, 64)
+    assert len(with_costs) == 2
+
+
+def test_without_calibration_and_without_experts_nothing_is_measured_or_changed(
+    file: CalibrationFile, with_costs: list[int]
+) -> None:
+    one = layer()
+    assert choose_dispatch(target_of([one]), file, 64, calibrate=False) == one.plan == default_plan()
+    assert choose_dispatch(target_of([], is_mixture=False), file, 64) == default_plan()
+    assert with_costs == []
+    assert not file.path.exists()
+
+
+@pytest.mark.parametrize("entry", [{}, {"seconds": 3}, {"seconds": {"four": {}}}, {"seconds": {"4": {"a": "b"}}},
+                                   {"seconds": {}}])
+def test_an_entry_that_makes_no_sense_is_measured_anew(
+    file: CalibrationFile, with_costs: list[int], entry: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(expert_calibration, "entry_key", lambda *_: "key")
+    file.write("key", entry)
+    choose_dispatch(target_of([layer()]), file, 64)
+    assert len(with_costs) == 1
+    assert Costs.from_json(file.read("key") or {}) is not None
+
+
+def test_a_real_target_is_measured_and_every_layer_gets_the_plan(file: CalibrationFile) -> None:
+    target = load_target(GOLDENS / "mixture" / "target", mx.float32)[0]
+    layers = [module for module in target.modules() if isinstance(module, SwitchGLU)]
+    plan = choose_dispatch(target, file, 16)
+    assert len(layers) > 1
+    assert all(one.plan == plan for one in layers)
+    (stored,) = json.loads(file.path.read_text()).values()
+    costs = Costs.from_json(stored)
+    assert costs is not None
+    assert all(seconds > 0 for by_name in costs.seconds.values() for seconds in by_name.values())
+
+
+def test_costs_between_two_counts_are_interpolated_on_log_scales() -> None:
+    costs = Costs({4: {SORTED: 1.0}, 16: {SORTED: 4.0, "grouped-4": 2.0}})
+    assert costs.at(8, SORTED) == pytest.approx(2.0)
+    assert costs.at(64, SORTED) == 4.0  # beyond the last count it stays
+    assert costs.at(8, "grouped-4") == float("inf")  # hopeless at 4
+
+
+def test_a_plan_leaves_the_default_only_for_what_is_clearly_faster() -> None:
+    usual = default_plan().strategy(2)
+    close = Costs({2: {usual: 1.0, "grouped-4": 0.99}, 4: {usual: 1.0, "grouped-4": 0.9}})
+    plan = close.plan(2, [usual, "grouped-4"])
+    assert plan.strategy(2) == usual
+    assert plan.strategy(4) == "grouped-4"
+
+
+def test_few_routes_are_not_tried_on_tall_tiles_or_all_experts() -> None:
+    few, many = candidates(SHAPE, 2, PORTABLE), candidates(SHAPE, 128, PORTABLE)
+    assert few[0] == default_plan().strategy(2)
+    assert set(few) == {GATHER, SORTED, "grouped-4"}
+    assert set(many) == set(PORTABLE)
+    assert ALL not in candidates(Shape(32, 128, 8, mx.float32), 512, PORTABLE)
+
+
+def test_measuring_stops_when_its_time_is_spent() -> None:
+    ticks = count()
+    costs = measure([layer()], SHAPE, (1, 4, 64), PORTABLE, budget=6.0, clock=lambda: float(next(ticks)))
+    assert set(costs.seconds) == {2, 8, 128}
+    assert all(default_plan().strategy(routes) in by_name for routes, by_name in costs.seconds.items())
+    assert next(ticks) < 20
+
+
+def test_the_kernel_is_not_offered_without_a_device_for_it(file: CalibrationFile, with_costs: list[int]) -> None:
+    choose_dispatch(target_of([layer()]), file, 64)
+    assert with_costs == [len(PORTABLE)]
+
+
+def fake_kernel(monkeypatch: pytest.MonkeyPatch, error: float) -> None:
+    """A device with Metal whose kernel is off by so much."""
+    monkeypatch.setattr(expert_kernel, "is_available", lambda: True)
+
+    def run(strategy: str, *given: Any) -> mx.array:
+        return dispatch(GATHER, *given) * (1 + error) if strategy == KERNEL else dispatch(strategy, *given)
+
+    monkeypatch.setattr(expert_calibration, "dispatch", run)
+
+
+def test_a_kernel_that_agrees_is_used_where_it_measured_faster(
+    file: CalibrationFile, with_costs: list[int], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    fake_kernel(monkeypatch, error=1e-6)
+    plan = choose_dispatch(target_of([layer()]), file, 64)
+    assert plan.strategy(2) == GATHER
+    assert plan.strategy(128) == KERNEL
+    assert choose_dispatch(target_of([layer()]), file, 64, kernels=False).strategy(128) == "grouped-8"
+    assert caplog.records == []
+
+
+@pytest.mark.parametrize("error", [0.01, float("nan")])
+def test_a_kernel_that_differs_is_dropped_with_one_line(
+    file: CalibrationFile, with_costs: list[int], monkeypatch: pytest.MonkeyPatch, error: float,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    fake_kernel(monkeypatch, error)
+    assert choose_dispatch(target_of([layer()]), file, 64).strategy(128) == "grouped-8"
+    assert [record.levelno for record in caplog.records] == [logging.WARNING]
+
+
+@pytest.mark.skipif(mx.metal.is_available(), reason="here the kernel does compile")
+def test_a_kernel_that_does_not_compile_is_dropped_with_one_line(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    # What MLX raises here, where it has no Metal, is what it raises for a kernel that does not compile.
+    assert not kernel_is_sound(layer(), SHAPE)
+    assert len(caplog.records) == 1
+    assert "does not run here" in caplog.text
+
+
+def test_a_plan_that_differs_changes_no_more_than_the_last_bits() -> None:
+    one, x = layer(), mx.random.normal((40, 32), key=mx.random.key(1))
+    chosen = mx.array(np.random.default_rng(0).integers(0, 8, (40, 2)), mx.uint32)
+    outputs = [np.array(dispatch(name, x, chosen, one.mlp)) for name in PORTABLE]
+    assert all(np.allclose(outputs[0], other, rtol=0, atol=1e-6) for other in outputs[1:])
