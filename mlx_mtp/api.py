@@ -130,11 +130,7 @@ def load(
     if left_out:
         notes.append("left out: " + ", ".join(f"{count} tensors ({why})" for why, count in sorted(left_out.items())))
 
-    draft_folder = find_drafter(model) if draft_model == AUTO else None
-    if draft_model == AUTO and draft_folder is None:
-        notes.append(f"no drafter found for {model}: decoding without one (--draft-model names one)")
-    elif draft_model not in (None, AUTO, NO_DRAFTER):
-        draft_folder = local_folder(draft_model)
+    draft_folder = _draft_folder(model, draft_model, notes)
     drafter = None if draft_folder is None else load_drafter(draft_folder, target.dtype, draft_bits)
     if drafter is not None:
         check_pair(target.config, drafter.config, f"{folder}", f"{draft_folder}")
@@ -152,14 +148,21 @@ def load(
     materialize(target, "target", folder)
     if drafter is not None and draft_folder is not None:
         materialize(drafter, "drafter", draft_folder)
-    _calibrate(pair, kernels)
+    if file is not None:
+        choose_dispatch(target, file, EngineConfig().prefill_chunk, kernels=kernels)
+        pair.round_costs.restore(file.read(_costs_key(pair)) or {})
     return pair
 
 
-def _calibrate(pair: Pair, kernels: bool) -> None:
-    if pair.calibration is not None:
-        choose_dispatch(pair.target, pair.calibration, EngineConfig().prefill_chunk, kernels=kernels)
-        pair.round_costs.restore(pair.calibration.read(_costs_key(pair)) or {})
+def _draft_folder(model: str | Path, draft_model: str | Path | None, notes: list[str]) -> Path | None:
+    if draft_model in (None, NO_DRAFTER):
+        return None
+    if draft_model != AUTO:
+        return local_folder(draft_model)
+    found = find_drafter(model)
+    if found is None:
+        notes.append(f"no drafter found for {model}: decoding without one (--draft-model names one)")
+    return found
 
 
 def remember(pair: Pair) -> None:
