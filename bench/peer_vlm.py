@@ -1,22 +1,22 @@
-"""mlx-vlm's and mlx-lm's batches through their public interfaces, for `bench.batch`. Needs the extra `peers`."""
+"""mlx-vlm with its MTP drafter, through its public interfaces. Imports it: needs the extra `peers`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import mlx_lm
 import mlx_vlm
 import numpy as np
-from mlx.utils import tree_map
-from mlx_lm.generate import BatchGenerator as LmBatchGenerator
-from mlx_vlm.generate import BatchGenerator as VlmBatchGenerator
+from mlx_vlm.generate import BatchGenerator
 from mlx_vlm.speculative.drafters import load_drafter
 from mlx_vlm.speculative.drafters.gemma4_assistant import Gemma4AssistantDraftModel
 
-Tokens = list[tuple[int, int]]  # (row, token) of one step
+from bench.measure import Tokens
+from bench.peers import cast
+from bench.runners import Drafting, Prompts
 
 
 class _NeverStop:
@@ -56,32 +56,42 @@ class _Replay(Gemma4AssistantDraftModel):  # type: ignore[misc]
         return mx.where(real >= 0, known, real).astype(real.dtype)  # so that `real` is really run
 
 
-def _float32(model: Any) -> Any:
-    model.update(tree_map(lambda a: a.astype(mx.float32) if mx.issubdtype(a.dtype, mx.floating) else a,
-                          model.parameters()))
-    mx.eval(model.parameters())
-    return model
-
-
 class VlmPeer:
-    """mlx-vlm's BatchGenerator with its MTP drafter. Rows must be handed over by growing prompt length."""
+    """mlx-vlm's target and MTP drafter, loaded once.
 
-    def __init__(self, folder: Path) -> None:
-        self._target, self._processor = mlx_vlm.load(str(folder))
-        _float32(self._target)
-        self._drafter = _float32(load_drafter(str(folder) + "-assistant")[0])
-        self._processor.tokenizer.stopping_criteria = _NeverStop()
+    work: an empty folder for a view of the checkpoint whose config.json says what mlx-vlm must find in it.
+    """
 
-    def steps(self, prompts: Sequence[list[int]], max_tokens: int, drafts: np.ndarray, k: int) -> Iterator[Tokens]:
-        """drafts: [rows, positions], what the drafter is made to say at each position."""
-        self._drafter.__class__ = _Replay
-        self._drafter.replay(drafts)
-        self._drafter.config.block_size = k + 1
-        batch = VlmBatchGenerator(
-            self._target.language_model, self._processor, max_tokens=max_tokens, compute_logprobs=False,
+    def __init__(self, target: Path, drafter: Path, dtype: mx.Dtype, work: Path) -> None:
+        self.target, self.processor = mlx_vlm.load(str(_view(target, work)))
+        cast(self.target, dtype)
+        self.drafter = cast(load_drafter(str(drafter))[0], dtype)
+        self.processor.tokenizer.stopping_criteria = _NeverStop()
+
+
+class VlmRunner:
+    """mlx-vlm's BatchGenerator with its MTP drafter. Rows must be handed over by growing prompt length.
+
+    drafts: [rows, positions], what the drafter is made to say at each position; None lets it speak.
+    """
+
+    name = "mlx-vlm"
+
+    def __init__(self, peer: VlmPeer, num_draft_tokens: int, drafts: np.ndarray | None) -> None:
+        self.num_draft_tokens = num_draft_tokens
+        self._peer, self._drafts = peer, drafts
+
+    def steps(self, prompts: Prompts, max_tokens: int) -> Iterator[Tokens]:
+        target, drafter = self._peer.target, self._peer.drafter
+        drafter.__class__ = Gemma4AssistantDraftModel if self._drafts is None else _Replay
+        if self._drafts is not None:
+            drafter.replay(self._drafts)
+        drafter.config.block_size = self.num_draft_tokens + 1
+        batch = BatchGenerator(
+            target.language_model, self._peer.processor, max_tokens=max_tokens, compute_logprobs=False,
             greedy_sampling=True, completion_batch_size=len(prompts), prefill_batch_size=len(prompts),
-            draft_model=self._drafter, draft_kind="mtp", draft_block_size=k + 1)
-        embedded = [self._target.get_input_embeddings(mx.array([prompt])).to_dict() for prompt in prompts]
+            draft_model=drafter, draft_kind="mtp", draft_block_size=self.num_draft_tokens + 1)
+        embedded = [target.get_input_embeddings(mx.array([prompt])).to_dict() for prompt in prompts]
         uids = batch.insert(list(prompts), max_tokens=max_tokens, prompt_kwargs=[
             {key: value for key, value in each.items() if value is not None} for each in embedded])
         row = {uid: i for i, uid in enumerate(uids)}
@@ -90,18 +100,18 @@ class VlmPeer:
             yield [(row[response.uid], int(response.token)) for response in responses]
         batch.close()
 
+    def drafting(self) -> Drafting | None:
+        accepted = self._peer.drafter.accept_lens  # of each round, averaged over its rows
+        return Drafting(1 + sum(accepted) / len(accepted)) if accepted else None
 
-class LmPeer:
-    """mlx-lm's BatchGenerator: plain decoding."""
 
-    def __init__(self, folder: Path) -> None:
-        self._target = _float32(mlx_lm.load(str(folder))[0])
-
-    def steps(self, prompts: Sequence[list[int]], max_tokens: int) -> Iterator[Tokens]:
-        batch = LmBatchGenerator(self._target, max_tokens=max_tokens, completion_batch_size=len(prompts),
-                                 prefill_batch_size=len(prompts))
-        uids = batch.insert(list(prompts), max_tokens=[max_tokens] * len(prompts))
-        row = {uid: i for i, uid in enumerate(uids)}
-        while responses := batch.next_generated():
-            yield [(row[response.uid], int(response.token)) for response in responses]
-        batch.close()
+def _view(folder: Path, work: Path) -> Path:
+    """The checkpoint by links: mlx-vlm wants vocab_size at the top of config.json, and no null in place of a tower."""
+    for path in folder.iterdir():
+        if path.name != "config.json":
+            (work / path.name).symlink_to(path.resolve())
+    config = json.loads((folder / "config.json").read_text())
+    config.setdefault("vocab_size", config["text_config"]["vocab_size"])
+    kept = {key: value for key, value in config.items() if key != "vision_config" or value is not None}
+    (work / "config.json").write_text(json.dumps(kept))
+    return work

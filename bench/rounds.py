@@ -1,4 +1,4 @@
-"""What a round costs against the sum of its parts measured alone in the same process.
+"""What a round costs against its parts measured alone in the same process: drafting, verifying, and the rest.
 
     python -m bench.rounds FOLDER            a pair made by bench.medium_pair
 
@@ -11,14 +11,15 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import mlx.core as mx
-import numpy as np
 
 import mlx_mtp
-from bench.card import environment_card
+from bench.card import environment_card, print_card
+from bench.prompts import RANDOM, random_prompts
 from mlx_mtp import Pair
 from mlx_mtp.config import EngineConfig, SamplingParams
 from mlx_mtp.engine.engine import Engine
@@ -28,20 +29,41 @@ from mlx_mtp.spec_decode.loop import DecodeState, draft, padded, prefill_chunk
 from mlx_mtp.spec_decode.sampler import Sampler
 
 BLOCK = 5
+CHUNK = 512
 
 
-def prompts(rows: int, length: int) -> list[list[int]]:
-    generator = np.random.default_rng(0)
-    return [[2, *generator.integers(3, 1000, length - 1).tolist()] for _ in range(rows)]
+@dataclass(frozen=True)
+class Parts:
+    """Median seconds of a round in the engine's pipeline, of one target pass over every row's K + 1 tokens with head
+    and argmax, and of K drafter steps (0 for plain decoding)."""
+
+    round: float
+    verify: float
+    draft: float
+
+
+def measure_parts(pair: Pair, rows: int, length: int, num_draft_tokens: int, runs: int) -> Parts:
+    """All three in turns, after a warm-up, for rows that hold `length` tokens."""
+    makers = [round_timer, pass_timer, *([draft_timer] if num_draft_tokens else [])]
+    times = interleaved([make(pair, rows, length, num_draft_tokens) for make in makers], runs)
+    return Parts(*[*map(statistics.median, times), 0.0][:3])
+
+
+def interleaved(timers: Sequence[Callable[[], float]], runs: int) -> list[list[float]]:
+    """What each timer says in each run, after one that warms up."""
+    turns = [[timer() for timer in timers] for _ in range(runs + 1)]
+    return [list(found) for found in zip(*turns[1:], strict=True)]
 
 
 def round_timer(pair: Pair, rows: int, length: int, num_draft_tokens: int) -> Callable[[], float]:
     """Seconds of one step of an engine in the middle of decoding."""
-    config = EngineConfig(num_draft_tokens=num_draft_tokens, prefill_chunk=rows * length, prefix_tokens=0)
+    config = EngineConfig(num_draft_tokens=num_draft_tokens, prefix_tokens=0, max_rows=rows)
     engine = Engine(pair.target, pair.drafter, config)
-    for prompt in prompts(rows, length):
-        engine.submit(Request(prompt, SamplingParams(100_000), frozenset(), 10**6))
-    for _ in range(3):
+    requests = [Request(prompt, SamplingParams(100_000), frozenset(), 10**6)
+                for prompt in random_prompts(RANDOM, rows, length)]
+    for request in requests:
+        engine.submit(request)
+    while not all(request.tokens for request in requests):
         engine.step()
 
     def run() -> float:
@@ -71,15 +93,18 @@ def state_at(pair: Pair, rows: int, length: int) -> DecodeState:
     cache = KVCache(layer_shapes(text), text.window, EngineConfig().ring_slack, rows, pair.target.dtype, length + 64)
     state = DecodeState(mx.zeros((rows,), mx.int32), mx.zeros((rows, text.hidden_size), pair.target.dtype), cache,
                         Sampler.of([SamplingParams()] * rows))
-    state, _ = prefill_chunk(pair.target, state, *padded(prompts(rows, length)))
-    mx.eval(state.hidden, *cache.arrays)
+    prompts = random_prompts(RANDOM, rows, length)
+    for start in range(0, length, CHUNK):
+        state, _ = prefill_chunk(pair.target, state, *padded([prompt[start : start + CHUNK] for prompt in prompts]))
+        mx.eval(state.hidden, *cache.arrays)
     return state
 
 
 def pass_timer(pair: Pair, rows: int, length: int, num_draft_tokens: int) -> Callable[[], float]:
     """Seconds of one target pass over K + 1 tokens a row, head and argmax included."""
     state = state_at(pair, rows, length)
-    tokens = mx.full((rows, num_draft_tokens + 1), 7)
+    # Each token another one: equal ones would all take the same experts.
+    tokens = mx.array(random_prompts(RANDOM, rows, num_draft_tokens + 2))[:, 1:]
 
     def work() -> None:
         hidden = pair.target(tokens, state.cache.stage(num_draft_tokens + 1))
@@ -104,21 +129,13 @@ def main() -> None:
     cli.add_argument("--num-draft-tokens", type=int, nargs="+", default=[0, 3, 5])
     args = cli.parse_args()
     pair = mlx_mtp.load(args.folder / "target", max_context=8192)
-    for key, value in environment_card().items():
-        print(f"{key:10} {value}")
+    print_card(environment_card())
     for rows in args.rows:
         for num_draft_tokens in args.num_draft_tokens:
-            makers = (round_timer, pass_timer, draft_timer)
-            timers = [make(pair, rows, args.length, num_draft_tokens) for make in makers]
-            times: list[list[float]] = [[], [], []]
-            for turn in range(args.runs + 1):
-                for timer, found in zip(timers, times, strict=True):
-                    seconds = timer()
-                    if turn:
-                        found.append(seconds)
-            one, verify, drafts = (1e3 * statistics.median(found) for found in times)
+            parts = measure_parts(pair, rows, args.length, num_draft_tokens, args.runs)
+            one, verify, drafts = 1e3 * parts.round, 1e3 * parts.verify, 1e3 * parts.draft
             print(f"rows {rows}  K {num_draft_tokens}  round {one:7.2f} ms  pass {verify:7.2f}  drafts {drafts:6.2f}  "
-                  f"round / parts {one / (verify + drafts * (num_draft_tokens > 0)):.3f}", flush=True)
+                  f"round / parts {one / (verify + drafts):.3f}", flush=True)
 
 
 if __name__ == "__main__":

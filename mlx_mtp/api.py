@@ -134,7 +134,6 @@ def load(
     drafter = None if draft_folder is None else load_drafter(draft_folder, target.dtype, draft_bits)
     if drafter is not None:
         check_pair(target.config, drafter.config, f"{folder}", f"{draft_folder}")
-
     text = target.config.text
     context = min(max_context or text.max_context, text.max_context)
     planned = min(context, max_context or PLANNED_CONTEXT)

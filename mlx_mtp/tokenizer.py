@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mlx_mtp.channels import TOOL_CALL, overlap
 from mlx_mtp.errors import CheckpointError, RequestError
 
 Message = Mapping[str, Any]
@@ -37,14 +38,33 @@ class Tokenizer:
     def has_chat_template(self) -> bool:
         return bool(self._wrapped.has_chat_template)
 
+    @property
+    def can_think(self) -> bool:
+        """Whether the chat template can be asked for thoughts before the answer."""
+        return "enable_thinking" in self._template
+
+    @property
+    def can_call_tools(self) -> bool:
+        """Whether the chat template offers tools, and the calls come in Gemma 4's form."""
+        return TOOL_CALL in self._template and "tools" in self._template
+
+    @property
+    def _template(self) -> str:
+        return str(self._wrapped.chat_template or "")
+
     def encode(self, text: str) -> list[int]:
         """Plain text as it stands, begun with <bos> if it does not say so itself."""
         tokens = self._ids(text)
         bos = self._wrapped.bos_token_id  # put by us: not every tokenizer.json has a post-processor that adds it
         return tokens if bos is None or tokens[:1] == [bos] else [bos, *tokens]
 
-    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
-        """A conversation, through the chat template, up to where the model's answer begins."""
+    def encode_chat(
+        self, messages: Sequence[Message], *, thinking: bool = False, tools: Sequence[Mapping[str, Any]] = ()
+    ) -> list[int]:
+        """A conversation, through the chat template, up to where the model's answer begins.
+
+        thinking: asks for thoughts before the answer, if the template can. tools: JSON schemas of functions to offer.
+        """
         if not self.has_chat_template:
             raise RequestError("this checkpoint has no chat template: pass --ignore-chat-template (in Python: give "
                                "the prompt as plain text)")
@@ -52,7 +72,8 @@ class Tokenizer:
 
         try:
             text = self._wrapped.apply_chat_template(
-                messages, add_generation_prompt=True, enable_thinking=False, tokenize=False)
+                messages, tools=list(tools) or None, add_generation_prompt=True, enable_thinking=thinking,
+                tokenize=False)
         except TemplateError as error:
             raise RequestError(f"the chat template refuses this conversation ({error}): change its roles or contents, "
                                "or pass --ignore-chat-template") from error
@@ -114,15 +135,10 @@ class TextStream:
         if found:
             released, self._held, self.is_stopped = pending[: min(found)[1]], "", True
         else:
-            held = max((_overlap(pending, stop) for stop in self._stop), default=0)
+            held = max((overlap(pending, stop) for stop in self._stop), default=0)
             released, self._held = pending[: len(pending) - held], pending[len(pending) - held :]
         self.text += released
         return released
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that is a beginning of `stop`."""
-    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
 
 
 def _stop_tokens(folder: Path) -> list[int] | None:

@@ -1,8 +1,9 @@
 """Measures on the user's device which dispatch of experts is fastest at how many routes, and makes a plan of it.
 
-It takes about a second at the first use of a checkpoint; figures are kept in a `CalibrationFile` under a key of device,
-MLX version and shapes. Experts are drawn uniformly, each token's distinct: real routing overlaps more, so reading each
-expert once pays at least as much as measured here. Layers take turns, since weights read a moment ago would be cached.
+It takes a second or two at the first use of a checkpoint, up to four for large layers on a CPU. Figures are kept in a
+`CalibrationFile` under a key of device, MLX version and shapes. Experts are drawn uniformly, each token's distinct:
+real routing overlaps more, so reading each expert once pays at least as much as measured here. Layers take turns, since
+weights read a moment ago would be cached.
 """
 
 from __future__ import annotations
@@ -111,8 +112,11 @@ def choose_dispatch(
     """Makes a mixture's experts use the fastest dispatch known for this machine, measured now if it never was.
 
     The target's weights must be in memory. prefill_chunk: tokens of a prefill pass, the largest count to measure.
-    calibrate: False leaves the defaults, which do not depend on the machine's day. kernels: False keeps to MLX's own
-    operations. Returns the plan, which for a dense target is not used.
+    calibrate: False leaves the defaults. kernels: False keeps to MLX's own operations. Returns the plan, which for a
+    dense target is not used.
+
+    A calibration of another day may choose otherwise, and strategies differ in the last bit: without calibration the
+    same machine gives the same bits for ever.
     """
     layers = [module for module in target.modules() if isinstance(module, SwitchGLU)]
     experts, plan = target.config.text.experts, default_plan()
