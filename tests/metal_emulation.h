@@ -82,7 +82,7 @@ template <typename T> struct Output {
     Cell operator[](size_t i) const { return Cell{*this, i}; }
 };
 
-// lane(thread_position_in_grid, thread_index_in_simdgroup) for a grid of 32 * y * z threads, a simdgroup for each (y, z).
+// lane(thread_position_in_grid, thread_index_in_simdgroup) for 32 * y * z threads, a simdgroup for each (y, z).
 template <typename Lane> int run_grid(uint y, uint z, Lane lane) {
     fault = NONE;
     for (uint tile = 0; tile < z; ++tile) {

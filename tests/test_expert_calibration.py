@@ -19,6 +19,8 @@ from mlx_mtp.checkpoint.loader import load_target
 from mlx_mtp.config import ExpertsConfig
 from mlx_mtp.models import expert_calibration, expert_kernel
 from mlx_mtp.models.expert_calibration import (
+    LEAST_ROUNDS,
+    MOST_ROUNDS,
     PORTABLE,
     Costs,
     Shape,
@@ -137,12 +139,25 @@ def test_few_routes_are_not_tried_on_tall_tiles_or_all_experts() -> None:
     assert ALL not in candidates(Shape(32, 128, 8, mx.float32), 512, PORTABLE)
 
 
-def test_measuring_stops_when_its_time_is_spent() -> None:
-    ticks = count()
-    costs = measure([layer()], SHAPE, (1, 4, 64), PORTABLE, budget=6.0, clock=lambda: float(next(ticks)))
-    assert set(costs.seconds) == {2, 8, 128}
-    assert all(default_plan().strategy(routes) in by_name for routes, by_name in costs.seconds.items())
-    assert next(ticks) < 20
+def test_measuring_stops_when_its_time_is_spent(monkeypatch: pytest.MonkeyPatch) -> None:
+    def runs_within(budget: float, *tokens: int) -> int:
+        """A clock that goes on by a second whenever it is read; returns how many runs were made."""
+        runs: list[str] = []
+
+        def counted(strategy: str, *given: Any) -> mx.array:
+            runs.append(strategy)
+            return dispatch(strategy, *given)
+
+        monkeypatch.setattr(expert_calibration, "dispatch", counted)
+        ticks = count()
+        costs = measure([layer()], SHAPE, tokens, PORTABLE, budget=budget, clock=lambda: float(next(ticks)))
+        assert set(costs.seconds) == {2 * one for one in tokens}
+        assert all(default_plan().strategy(routes) in by_name for routes, by_name in costs.seconds.items())
+        return len(runs) - len(PORTABLE)  # those that warm up come before the clock starts
+
+    assert runs_within(0.0, 1, 4, 64) == 3  # the default's one run for every count
+    assert runs_within(25.0, 64) == LEAST_ROUNDS * len(PORTABLE)  # confirmed, but no more
+    assert runs_within(1000.0, 64) == MOST_ROUNDS * len(PORTABLE)
 
 
 def test_the_kernel_is_not_offered_without_a_device_for_it(file: CalibrationFile, with_costs: list[int]) -> None:

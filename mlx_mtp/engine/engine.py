@@ -167,13 +167,14 @@ class Engine:
                         mine.add(following)
                         total += len(following.prompt)
                         following = next(upcoming, None)
-                    for event in self.step():
-                        if event.request in mine:
-                            yield event
+                    events = self.step()
                     done = gone + sum(request.prefilled for request in mine)
                     if on_prefill is not None and done != told:
                         on_prefill(done, total)
                     told = done
+                    for event in events:
+                        if event.request in mine:
+                            yield event
                     gone += sum(request.prefilled for request in mine if request.is_finished)
                     mine = {request for request in mine if not request.is_finished}
         finally:
