@@ -1,7 +1,7 @@
 """Random pairs of medium size, in Hugging Face's format: large enough that weights, not Python, take the time.
 
-    python -m bench.medium_pair FOLDER             FOLDER/target and FOLDER/target-assistant
-    python -m bench.medium_pair FOLDER --mixture   the same with experts
+    python -m bench.medium_pair FOLDER               FOLDER/target and FOLDER/target-assistant
+    python -m bench.medium_pair FOLDER --experts 32  the same with experts
 
 Their texts mean nothing; acceptance is replayed (see `bench.replay`). Weights are the seed's, so every run and every
 machine gets the same pair.
@@ -44,8 +44,10 @@ def text_config(layers: int, pattern: int, **changes: Any) -> dict[str, Any]:
 
 
 def target_config(experts: int) -> dict[str, Any]:
-    mixture = {"enable_moe_block": True, "num_experts": experts, "top_k_experts": 4, "moe_intermediate_size": 256,
-               "intermediate_size": 1024} if experts else {}
+    """Many experts are small ones, and a token goes to more of them."""
+    top_k, width = (8, 128) if experts >= 128 else (4, 256)
+    mixture = {"enable_moe_block": True, "num_experts": experts, "top_k_experts": top_k,
+               "moe_intermediate_size": width, "intermediate_size": 1024} if experts else {}
     return {"model_type": "gemma4", "vocab_size": 16_384, "text_config": text_config(10, 5, **mixture)}
 
 
@@ -75,9 +77,9 @@ def write(folder: Path, part: Part, config: dict[str, Any], model: nn.Module, se
 def main() -> None:
     cli = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     cli.add_argument("folder", type=Path)
-    cli.add_argument("--mixture", action="store_true")
+    cli.add_argument("--experts", type=int, default=0, help="of a mixture, such as 32 or 128; 0 is dense (default)")
     args = cli.parse_args()
-    config, drafting = target_config(32 if args.mixture else 0), drafter_config()
+    config, drafting = target_config(args.experts), drafter_config()
     write(args.folder / "target", "target", config, Target(TargetConfig.from_json(config)), 1)
     write(args.folder / "target-assistant", "drafter", drafting, Drafter(DrafterConfig.from_json(drafting)), 2)
 

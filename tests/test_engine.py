@@ -231,3 +231,18 @@ def test_a_rounds_time_and_memory_do_not_grow_with_the_capacity() -> None:
         if seconds_32k <= 1.1 * seconds_2k and memory_32k <= 1.1 * memory_2k:
             return
     raise AssertionError(f"32k: {seconds_32k:.4f} s, {memory_32k} bytes; 2k: {seconds_2k:.4f} s, {memory_2k} bytes")
+
+
+@pytest.mark.parametrize("most", [0, 1, 7])
+def test_auto_gives_plain_decodings_text_and_keeps_to_the_longest_draft(most: int) -> None:
+    target, drafter = golden_pair("dense")
+    prompts = [[2, 5, 9], [2, 7], [2, 11, 12, 13]]
+    alone = [decode(target, None, [prompt], [SamplingParams(60)])[0].tokens for prompt in prompts]
+    requests = [Request(prompt, SamplingParams(60), frozenset(), 1000) for prompt in prompts]
+    engine = Engine(target, drafter, EngineConfig(max_draft_tokens=most))
+    for _ in engine.run(requests):
+        pass
+    assert [request.tokens for request in requests] == alone
+    used = requests[0].rounds_by_length
+    assert max(used) <= most
+    assert most == 0 or (0 in used and len(used) > 1)

@@ -321,6 +321,8 @@ def _draft_length(drafter: DraftModel | None, config: EngineConfig, costs: Round
     if drafter is None:
         return FixedLength(0)
     if config.num_draft_tokens == AUTO:
+        if config.max_draft_tokens == 0:
+            return FixedLength(0)
         return AdaptiveLength(config.max_draft_tokens, costs or RoundCosts())
     return FixedLength(config.num_draft_tokens)
 
