@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from routings import HIDDEN, ROUTINGS, SETTINGS, Routing, uniform
 
-from mlx_mtp.config import ExpertsConfig
 from mlx_mtp.models.expert_dispatch import (
     ALL,
     GATHER,
@@ -24,33 +22,7 @@ from mlx_mtp.models.expert_dispatch import (
 from mlx_mtp.models.expert_statistics import RoutingCounter
 from mlx_mtp.models.moe import QuantizedExpertLinear, SwitchGLU
 
-HIDDEN, SETTINGS = 32, ExpertsConfig(num_experts=16, top_k=4, intermediate_size=64)
 PORTABLE = (GATHER, SORTED, *GROUPED, ALL)
-Routing = Callable[[np.random.Generator, int], np.ndarray]
-
-
-def uniform(rng: np.random.Generator, tokens: int) -> np.ndarray:
-    return np.argsort(rng.random((tokens, SETTINGS.num_experts)), axis=1)[:, : SETTINGS.top_k]
-
-
-def skewed(rng: np.random.Generator, tokens: int) -> np.ndarray:
-    odds = 0.5 ** np.arange(SETTINGS.num_experts)
-    return np.stack([
-        rng.choice(SETTINGS.num_experts, SETTINGS.top_k, replace=False, p=odds / odds.sum()) for _ in range(tokens)
-    ])
-
-
-def all_alike(rng: np.random.Generator, tokens: int) -> np.ndarray:
-    """Every token on the same experts, the first and the last among them; the others stay empty."""
-    return np.tile([[15, 3, 0, 7]], (tokens, 1))
-
-
-def all_on_one(rng: np.random.Generator, tokens: int) -> np.ndarray:
-    """Every route of every token on one expert: more than a router does, but a dispatch must not care."""
-    return np.full((tokens, SETTINGS.top_k), 5)
-
-
-ROUTINGS = pytest.mark.parametrize("routing", [uniform, skewed, all_alike, all_on_one])
 
 
 def matrices(glu: SwitchGLU) -> list[np.ndarray]:

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from routings import HIDDEN, ROUTINGS, SETTINGS, Routing, uniform
 
-from mlx_mtp.config import ExpertsConfig
 from mlx_mtp.models.expert_dispatch import GATHER, SORTED, default_plan
 from mlx_mtp.models.moe import ExpertLinear, Experts, QuantizedExpertLinear, Router
 
-HIDDEN, EPS = 32, 1e-6
-SETTINGS = ExpertsConfig(num_experts=16, top_k=4, intermediate_size=64)
+EPS = 1e-6
 COUNTS = [1, 2, 3, 7, 8, 16, 17, 40, 200]  # by the default plan the first are not sorted
 Matrices = tuple[np.ndarray, np.ndarray, np.ndarray]
-Routing = Callable[[np.random.Generator, int], np.ndarray]
 
 
 def exact(x: mx.array) -> np.ndarray:
@@ -41,30 +37,6 @@ def dense(x: np.ndarray, matrices: Matrices, weight_of: np.ndarray) -> np.ndarra
 def plain_matrices(experts: Experts) -> Matrices:
     glu = experts.switch_glu
     return exact(glu.gate_proj.weight), exact(glu.up_proj.weight), exact(glu.down_proj.weight)
-
-
-def uniform(rng: np.random.Generator, tokens: int) -> np.ndarray:
-    return np.stack([rng.permutation(SETTINGS.num_experts)[: SETTINGS.top_k] for _ in range(tokens)])
-
-
-def skewed(rng: np.random.Generator, tokens: int) -> np.ndarray:
-    odds = 0.5 ** np.arange(SETTINGS.num_experts)
-    return np.stack([
-        rng.choice(SETTINGS.num_experts, SETTINGS.top_k, replace=False, p=odds / odds.sum()) for _ in range(tokens)
-    ])
-
-
-def all_alike(rng: np.random.Generator, tokens: int) -> np.ndarray:
-    """Every token on the same experts, the last one among them; the others stay empty."""
-    return np.tile([[15, 3, 0, 7]], (tokens, 1))
-
-
-def all_on_one(rng: np.random.Generator, tokens: int) -> np.ndarray:
-    """Every route of every token on one expert: more than a router does, but a dispatch must not care."""
-    return np.full((tokens, SETTINGS.top_k), 5)
-
-
-ROUTINGS = pytest.mark.parametrize("routing", [uniform, skewed, all_alike, all_on_one])
 
 
 def routed(routing: Routing, tokens: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
