@@ -246,7 +246,7 @@ TABLE: dict[str, tuple[Arguments, str]] = {
     "one of two prompts too long": (flags("-p", "Hello", "-p", "word " * 5000), r"the prompt has \d+ tokens"),
     "K = -1": (flags("--num-draft-tokens", "-1"), r"num_draft_tokens is -1; expected a whole number between 0 and 7"),
     "K = 8": (flags("--num-draft-tokens", "8"), r"num_draft_tokens is 8; expected a whole number between 0 and 7"),
-    "K = two": (flags("--num-draft-tokens", "two"), r"--num-draft-tokens: 'two'; expected a whole number or auto; see --help"),
+    "K = two": (flags("--num-draft-tokens", "two"), r"--num-draft-tokens: 'two'; expected a whole number or auto; see"),
     "temperature below zero": (flags("--temp", "-0.1"), r"temperature is -0\.1; expected a finite number of at"),
     "temperature NaN": (flags("--temp", "nan"), r"temperature is nan"),
     "temperature infinite": (flags("--temp", "inf"), r"temperature is inf"),
