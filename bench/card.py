@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import platform
 import subprocess
@@ -15,10 +14,10 @@ import mlx.nn as nn
 
 from bench import blas
 from mlx_mtp import Pair
+from mlx_mtp.check.environment import fingerprint
 from mlx_mtp.device import memory_bytes
 
 PACKAGES = ("mlx-mtp", "mlx", "mlx-lm", "mlx-vlm", "numpy")
-SAMPLE = 2**20  # bytes at either end of a weight file that its hash covers
 
 
 def environment_card() -> dict[str, str]:
@@ -72,19 +71,6 @@ def power_source(supplies: Path = Path("/sys/class/power_supply")) -> str:
     if online:
         return "mains" if any(online) else "battery"
     return "unknown"
-
-
-def fingerprint(folder: Path) -> str:
-    """A quick hash of a checkpoint: config.json, and of each weight file its name, size, first and last megabyte."""
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for path in sorted(folder.glob("*.safetensors")):
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size}".encode())
-        with path.open("rb") as file:
-            digest.update(file.read(SAMPLE))
-            file.seek(max(0, size - SAMPLE))
-            digest.update(file.read(SAMPLE))
-    return f"sha256 {digest.hexdigest()[:16]} (config.json; names, sizes, ends of the weight files)"
 
 
 def numbers(model: nn.Module) -> str:

@@ -8,22 +8,18 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
 
+from mlx_mtp.command import Parser, guarded
 from mlx_mtp.convert import convert
 from mlx_mtp.convert.recipes import RECIPES
 from mlx_mtp.convert.settings import ConvertConfig
-from mlx_mtp.errors import MtpError
-
-USER_ERROR = 2
-INTERRUPTED = 128 + 2  # as shells count: 128 + the signal's number, here SIGINT
 
 
 def parser() -> argparse.ArgumentParser:
     """The flags, named as in mlx_lm.convert; every default comes from ConvertConfig."""
     default = ConvertConfig("-")
-    cli = _Parser(prog="python -m mlx_mtp.convert",
-                  description="Convert a Gemma 4 checkpoint and its MTP drafter to MLX, and say what it cost.")
+    cli = Parser(prog="python -m mlx_mtp.convert",
+                 description="Convert a Gemma 4 checkpoint and its MTP drafter to MLX, and say what it cost.")
     add = cli.add_argument
     add("--hf-path", "--model", required=True, help="folder, Hub name (owner/name), or kaggle:<handle>")
     add("--mlx-path", default=default.mlx_path, help="folder to write; the drafter goes beside it, as "
@@ -52,25 +48,15 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command; returns its exit code: 0, 2 for what the user can mend, 130 after Ctrl-C."""
+    """Runs the command; returns its exit code: 0, or what `guarded` says."""
     settings = vars(parser().parse_args(arguments))
-    try:
+
+    def run() -> int:
         conversion = convert(**settings)
-    except MtpError as error:
-        print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr)
-        return USER_ERROR
-    except KeyboardInterrupt:
-        print("\ninterrupted: what is whole is kept, and the same command goes on from there", file=sys.stderr)
-        return INTERRUPTED
-    print(conversion.described() if settings["dry_run"] else conversion.summary())
-    return 0
+        print(conversion.described() if settings["dry_run"] else conversion.summary())
+        return 0
 
-
-class _Parser(argparse.ArgumentParser):
-    """Complains like everything else here: in one line that begins with "error:"."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(USER_ERROR, f"error: {message}; see --help\n")
+    return guarded(run, "interrupted: what is whole is kept, and the same command goes on from there")
 
 
 if __name__ == "__main__":

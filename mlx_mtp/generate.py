@@ -6,32 +6,28 @@ Text goes to stdout and everything else to stderr, so that the output can be pip
 from __future__ import annotations
 
 import argparse
-import io
-import os
 import sys
 import types
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from mlx_mtp import api, batch, prompts_file
 from mlx_mtp.api import Pair, Result
 from mlx_mtp.batch import Job
+from mlx_mtp.command import Parser, guarded
+from mlx_mtp.command import num_draft_tokens as num_draft_tokens  # mlx_mtp.check takes it from here
 from mlx_mtp.config import AUTO, EngineConfig, SamplingParams
-from mlx_mtp.errors import MtpError, RequestError
+from mlx_mtp.errors import RequestError
 from mlx_mtp.output_file import OutputFile
 from mlx_mtp.progress import Progress
 from mlx_mtp.prompts_file import Line
-
-USER_ERROR = 2
-INTERRUPTED = 128 + 2  # as shells count: 128 + the signal's number, here SIGINT
-BROKEN_PIPE = 128 + 13  # SIGPIPE
 
 
 def parser() -> argparse.ArgumentParser:
     """The flags, named as in mlx-lm; every default comes from the dataclass that owns it."""
     sampling, engine = SamplingParams(), EngineConfig()
-    cli = _Parser(
+    cli = Parser(
         prog="python -m mlx_mtp.generate",
         description="Generate text with Gemma 4, drafted by its MTP drafter: the same text, sooner.",
     )
@@ -72,21 +68,9 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command; returns its exit code: 0, 2 for what the user can mend, 130 after Ctrl-C."""
+    """Runs the command; returns its exit code: 0, or what `guarded` says."""
     args = parser().parse_args(arguments)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # an encoding that lacks a letter must not end the answer
-    try:
-        return _run(args)
-    except MtpError as error:
-        print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr)
-        return USER_ERROR
-    except BrokenPipeError:  # the reader (`| head`) has enough; nothing may be flushed into the pipe at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return BROKEN_PIPE
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        return INTERRUPTED
+    return guarded(lambda: _run(args))
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -248,21 +232,6 @@ def _tokens(pair: Pair, prompt: str | Sequence[Mapping[str, Any]], args: argpars
     if args.system_prompt is not None and not any(message["role"] in ("system", "developer") for message in prompt):
         prompt = [{"role": "system", "content": args.system_prompt}, *prompt]
     return pair.tokenizer.encode_chat(prompt)
-
-
-class _Parser(argparse.ArgumentParser):
-    """Complains like everything else here: in one line that begins with "error:"."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(USER_ERROR, f"error: {message}; see --help\n")
-
-
-def num_draft_tokens(text: str) -> int | str:
-    """What --num-draft-tokens was given: a whole number, or "auto"."""
-    try:
-        return AUTO if text == AUTO else int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r}; expected a whole number or {AUTO}") from None
 
 
 def _flag(text: str) -> bool:

@@ -24,7 +24,8 @@ ORDER: tuple[frozenset[str], ...] = tuple(map(frozenset, (
     ["errors", "device", "channels"], ["config_json", "calibration"], ["config"], ["kv_span"], ["kv_cache", "models"],
     ["spec_decode"],
     ["engine", "checkpoint", "tokenizer"], ["demo"], ["api"],
-    ["prompts_file", "output_file", "progress"], ["batch"], ["generate"], ["chat", "check"], ["server"], ["__init__"],
+    ["command", "prompts_file", "output_file", "progress"], ["batch"], ["generate"],
+    ["chat", "check"], ["server"], ["__init__"],
 )))
 RANK = {part: rank for rank, parts in enumerate(ORDER) for part in parts}
 ALWAYS_OUTSIDE = ("convert", "bench", "tests")  # they import mlx_mtp; it never imports them

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn, get_args
+from typing import get_args
 
 from mlx_mtp import api
 from mlx_mtp.chat import settings as settings_file
@@ -20,19 +20,18 @@ from mlx_mtp.chat.session import BUILT_IN, Session, Source
 from mlx_mtp.chat.settings import Folders, Settings, Thinking
 from mlx_mtp.chat.terminal import PlainView, RichView, View
 from mlx_mtp.chat.tools import Toolbox
+from mlx_mtp.command import Parser, guarded
 from mlx_mtp.errors import MtpError
 from mlx_mtp.progress import Progress
 
-USER_ERROR = 2
-INTERRUPTED = 128 + 2  # as shells count: 128 + the signal's number, here SIGINT
-BROKEN_PIPE = 128 + 13  # SIGPIPE
 LAST = "last"
+WITHOUT_CURSOR = ("dumb", "unknown")  # terminals on which nothing can be drawn
 
 
 def parser() -> argparse.ArgumentParser:
     """The flags, named as for generate; a setting that no flag gives is the settings file's, else its dataclass's."""
     default = Settings().values()
-    cli = _Parser(
+    cli = Parser(
         prog="python -m mlx_mtp.chat",
         description="Talk with Gemma 4, drafted by its MTP drafter. /help in the chat lists its commands. Without a "
                     "terminal each line of stdin is a message (or all lines between two \"\"\"); answers go to "
@@ -62,23 +61,14 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command; returns its exit code: 0, 2 for what the user can mend, 130 after Ctrl-C."""
+    """Runs the command; returns its exit code: 0, or what `guarded` says."""
     args = parser().parse_args(arguments)
-    for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "replace")):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors=errors)  # what is no text is complained of where it is used, and ends nothing
-    try:
-        _run(args)
-    except MtpError as error:
-        print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr)
-        return USER_ERROR
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        return INTERRUPTED
-    return 0
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # what is no text is complained of where it is used
+    return guarded(lambda: _run(args))
 
 
-def _run(args: argparse.Namespace) -> None:
+def _run(args: argparse.Namespace) -> int:
     folders = Folders.of_user()
     with _view(args.plain, folders) as view:
         settings = _settings(args, folders, view)
@@ -98,6 +88,7 @@ def _run(args: argparse.Namespace) -> None:
         if view.is_interactive:
             view.note("/help lists commands; Ctrl-C stops an answer; Ctrl-D leaves")
         chat.run()
+    return 0
 
 
 def _session(args: argparse.Namespace, model: str | None, settings: Settings, view: View) -> Session:
@@ -141,16 +132,9 @@ def _settings(args: argparse.Namespace, folders: Folders, view: View) -> Setting
 
 def _view(is_plain: bool, folders: Folders) -> PlainView | RichView:
     is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
-    if is_plain or not is_terminal:
+    if is_plain or not is_terminal or os.environ.get("TERM") in WITHOUT_CURSOR:
         return PlainView(sys.stdin.isatty())
     return RichView(folders.history, list(COMMANDS))
-
-
-class _Parser(argparse.ArgumentParser):
-    """Complains like everything else here: in one line that begins with "error:"."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(USER_ERROR, f"error: {message}; see --help\n")
 
 
 if __name__ == "__main__":

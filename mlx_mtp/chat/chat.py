@@ -228,7 +228,7 @@ class Chat:
         """Runs a tool, if the user agrees; Ctrl-C ends the tool, not the turn."""
         if calls > MOST_CALLS:
             return tools.result(call, f"Error: more than {MOST_CALLS} calls in one turn are not allowed.")
-        if not self._is_trusted and not self.view.confirm(f"call {tools.shown(call)}?"):
+        if not self._is_allowed(call):
             return tools.result(call, tools.REFUSED)
         try:
             message = self.toolbox.call(call)
@@ -236,6 +236,13 @@ class Chat:
             message = tools.result(call, "Error: the user stopped this call.")
         self.view.note(f"{tools.shown(call)} gave {commands._short(message.content)}")
         return message
+
+    def _is_allowed(self, call: ToolCall) -> bool:
+        """Ctrl-C instead of an answer is a refusal, so that no call is left without a result."""
+        try:
+            return self._is_trusted or self.view.confirm(f"call {tools.shown(call)}?")
+        except KeyboardInterrupt:
+            return False
 
     def _loaded(self) -> Session:
         if self._session is None:

@@ -33,11 +33,11 @@ class Command:
 
 def run(chat: Chat, line: str) -> None:
     """Runs a line that begins with a slash. Raises RequestError for what cannot be done."""
-    name, _, argument = line.strip().partition(" ")
+    name, argument = [*line.split(None, 1), ""][:2]
     command = COMMANDS.get(name)
     if command is None:
         likely = difflib.get_close_matches(name, COMMANDS, 1)
-        raise RequestError(f"there is no command {name}; " + (f"did you mean {likely[0]}? " if likely else "")
+        raise RequestError(f"there is no command {_short(name)}; " + (f"did you mean {likely[0]}? " if likely else "")
                            + "/help lists them (put a space before a message that begins with a slash)")
     argument = argument.strip()
     if argument and not command.arguments:
@@ -75,8 +75,10 @@ def _edit(chat: Chat, text: str) -> None:
     changed = text or chat.view.edit(question)
     if changed is None:
         raise RequestError("there is no editor here: give the new text, /edit TEXT")
-    if changed.strip():
-        chat.replace_last(changed)
+    if not changed.strip():
+        chat.view.note("the message stays as it was")
+        return
+    chat.replace_last(changed)
 
 
 def _system(chat: Chat, text: str) -> None:

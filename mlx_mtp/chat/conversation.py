@@ -160,7 +160,8 @@ def write_whole(path: Path, text: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         file, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         try:
-            with open(file, "w", encoding="utf-8") as stream:
+            # What no UTF-8 can hold, half of a surrogate pair, is written as JSON escapes it.
+            with open(file, "w", encoding="utf-8", errors="backslashreplace") as stream:
                 stream.write(text)
                 stream.flush()
                 os.fsync(file)

@@ -58,7 +58,6 @@ class RichAnswer:
         elif part.kind == "answer":
             self._fold_thoughts()
             self._pending = (self._pending + part.text) if self._pending else part.text.lstrip("\n")
-            self._print_what_is_final()
         self._draw()
 
     def _fold_thoughts(self) -> None:
@@ -81,13 +80,14 @@ class RichAnswer:
             return
         if self._has_printed:
             self._console.print()
-        self._console.print(Markdown(markdown))
+        self._console.print(as_markdown(markdown))
         self._has_printed = True
 
     def _draw(self) -> None:
         began = time.monotonic()
         if began < self._next_drawing:
             return
+        self._print_what_is_final()  # here, and not at each token: a block may be long, and all of it is parsed
         room = max(self._console.height - 2, 1)
         shown: list[Text | _LastLines] = []
         if self._thoughts:
@@ -98,7 +98,7 @@ class RichAnswer:
         if self._pending.strip():
             if self._has_printed:
                 shown.append(Text(""))
-            shown.append(_LastLines(Markdown(self._pending), room - 1))
+            shown.append(_LastLines(as_markdown(self._pending), room - 1))
         self._live.update(Group(*shown), refresh=True)
         ended = time.monotonic()
         self._next_drawing = max(began + SECONDS, ended + (ended - began) / DRAWING_SHARE)
@@ -117,10 +117,20 @@ class _LastLines:
             yield Segment.line()
 
 
+def as_markdown(text: str) -> Markdown:
+    """To be printed. Rich would leave HTML out without a word; here it is text, as the model wrote it."""
+    shown = Markdown("")
+    shown.parsed = _parser().parse(text)
+    return shown
+
+
 def final_length(markdown: str) -> int:
     """How much of a text can not change any more, whatever follows: its whole lines up to its last block."""
     lines = markdown.splitlines(keepends=True)
     whole = lines if lines and lines[-1].endswith("\n") else lines[:-1]
-    parser = MarkdownIt().enable("table").enable("strikethrough")
-    starts = [token.map[0] for token in parser.parse("".join(whole)) if token.level == 0 and token.map is not None]
+    starts = [token.map[0] for token in _parser().parse("".join(whole)) if token.level == 0 and token.map is not None]
     return sum(len(line) for line in lines[: starts[-1]]) if len(starts) > 1 else 0
+
+
+def _parser() -> MarkdownIt:
+    return MarkdownIt("commonmark", {"html": False}).enable("table").enable("strikethrough")

@@ -131,6 +131,9 @@ class Session:
                 result = segment.result
                 if is_stopped():
                     self._engine.abort(request.id)
+        except KeyboardInterrupt:  # came in the middle of a step: what the engine holds may be half done
+            self.use(self._num_draft_tokens)
+            raise
         finally:
             self._engine.abort(request.id)
             while not self._engine.is_idle:

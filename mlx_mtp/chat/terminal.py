@@ -5,8 +5,9 @@ from __future__ import annotations
 import signal
 import sys
 import termios
+import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
@@ -18,6 +19,7 @@ from mlx_mtp.progress import Progress
 
 INPUT_FLAGS, LOCAL_FLAGS = 0, 3  # of what tcgetattr returns
 PASTES_MARKED, PASTES_UNMARKED = "\x1b[?2004h", "\x1b[?2004l"  # so that a prompt tells them from typing
+PATIENCE = 2.0  # seconds: Ctrl-C pressed again within them is the same wish, and what came is kept
 FENCE = '"""'  # around a message of several lines, where there is no editor for it
 
 
@@ -55,13 +57,19 @@ class View(Protocol):
 
 
 class Stop:
-    """Whether Ctrl-C was pressed. A second one, where the first is not heeded, ends the program."""
+    """Whether Ctrl-C was pressed. One more after PATIENCE, where the first is not heeded, raises KeyboardInterrupt."""
 
     def __init__(self) -> None:
-        self.is_set = False
+        self._pressed: float | None = None
 
     def __call__(self) -> bool:
-        return self.is_set
+        return self._pressed is not None
+
+    def press(self) -> None:
+        now = time.monotonic()
+        if self._pressed is not None and now - self._pressed > PATIENCE:
+            raise KeyboardInterrupt
+        self._pressed = now if self._pressed is None else self._pressed
 
 
 @contextmanager
@@ -70,9 +78,7 @@ def holding_ctrl_c() -> Iterator[Stop]:
     stop = Stop()
 
     def handle(number: int, frame: FrameType | None) -> None:
-        if stop.is_set:
-            raise KeyboardInterrupt
-        stop.is_set = True
+        stop.press()
 
     before = signal.signal(signal.SIGINT, handle)
     try:
@@ -191,10 +197,12 @@ class RichView:
     is_interactive = True
 
     def __init__(self, history: Path, commands: Sequence[str]) -> None:
+        from prompt_toolkit import PromptSession
         from rich.console import Console
 
         self._console = Console(highlight=False)
         self._prompt = _prompt_session(history, commands)
+        self._confirmation = PromptSession[str]()  # its answers are no messages: they stay out of the history
         self._keyboard = silent_keyboard()
 
     def __enter__(self) -> RichView:
@@ -212,12 +220,14 @@ class RichView:
         return self._ask("> ", "")
 
     def edit(self, text: str) -> str | None:
-        return self._ask("edit> ", text)
+        return self._ask("edit> ", text) or ""
 
     def confirm(self, question: str) -> bool:
         self._console.print(question, style="yellow", markup=False)
-        answer = self._ask("y/N> ", "")
-        return answer is not None and answer.strip().lower() in ("y", "yes")
+        try:
+            return self._confirmation.prompt("y/N> ").strip().lower() in ("y", "yes")
+        except EOFError:
+            return False
 
     def answer(self, thinking: Thinking) -> AnswerView:
         from mlx_mtp.chat.rich_answer import RichAnswer
@@ -244,7 +254,7 @@ def _prompt_session(history: Path, commands: Sequence[str]) -> Any:
     """Enter sends, Alt-Enter or Ctrl-J begins a new line, what is pasted stays as it is."""
     from prompt_toolkit import PromptSession
     from prompt_toolkit.completion import WordCompleter
-    from prompt_toolkit.history import FileHistory, History, InMemoryHistory
+    from prompt_toolkit.history import FileHistory
     from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 
     keys = KeyBindings()
@@ -258,13 +268,20 @@ def _prompt_session(history: Path, commands: Sequence[str]) -> Any:
     def _new_line(event: KeyPressEvent) -> None:
         event.current_buffer.insert_text("\n")
 
-    kept: History
-    try:
-        history.parent.mkdir(parents=True, exist_ok=True)
-        history.touch()
-        kept = FileHistory(str(history))
-    except OSError:  # of no use to anybody else; what is typed is kept until the end
-        kept = InMemoryHistory()
+    class Kept(FileHistory):
+        """Where the file cannot be read or written, what was typed is kept until the end: that ends no chat."""
+
+        def load_history_strings(self) -> list[str]:
+            try:
+                return list(super().load_history_strings())
+            except OSError:
+                return []
+
+        def store_string(self, string: str) -> None:
+            with suppress(OSError, UnicodeError):
+                history.parent.mkdir(parents=True, exist_ok=True)
+                super().store_string(string)
+
     completer = WordCompleter(list(commands), sentence=True)
-    return PromptSession[str](history=kept, multiline=True, key_bindings=keys, completer=completer,
+    return PromptSession[str](history=Kept(history), multiline=True, key_bindings=keys, completer=completer,
                               complete_while_typing=False, enable_open_in_editor=True, prompt_continuation="  ")

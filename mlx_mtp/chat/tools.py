@@ -51,9 +51,9 @@ class Toolbox:
             return result(call, f"Error: there is no function {call.name}.")
         try:
             value = function(**call.arguments)
-        except Exception as error:  # whatever it is, the model has to hear of it
+            return result(call, value if isinstance(value, str) else _json(value))
+        except (Exception, SystemExit) as error:  # whatever it is, the model has to hear of it
             return result(call, f"Error: {_shown(error)}")
-        return result(call, value if isinstance(value, str) else _json(value))
 
 
 def result(call: ToolCall, content: str) -> Message:

@@ -5,7 +5,8 @@ text is judged by plain decoding (see `replay`). The verdict and its table go to
 
 Exit codes: 0 the promise holds; 1 it is broken, or no draft was rejected, which proves nothing; 2 bad input; 130 after
 Ctrl-C. It compares paths of this package with its own plain decoding. Whether that computes Gemma 4 is another
-question, which the tests ask of transformers.
+question, which the tests ask of transformers. Nothing is taken from earlier runs but which way through a mixture's
+experts is the fastest here, for that is the one to be checked (see `loading`).
 
 The report that --output writes is one JSON object:
 
@@ -30,38 +31,34 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import os
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import NoReturn
 
 from mlx_mtp import api, prompts_file
 from mlx_mtp.api import Pair
-from mlx_mtp.check import environment, prompts, sweep
+from mlx_mtp.check import environment, loading, prompts, sweep
+from mlx_mtp.check.command import OneLineParser, guarded, write_whole
 from mlx_mtp.check.margins import default_tolerance
 from mlx_mtp.check.prompts import Case
 from mlx_mtp.check.report import Report, console_for_stdout
 from mlx_mtp.check.settings import QUICK, CheckConfig
 from mlx_mtp.config import SamplingParams
-from mlx_mtp.errors import MtpError, RequestError
+from mlx_mtp.errors import RequestError
 from mlx_mtp.generate import num_draft_tokens
 from mlx_mtp.progress import Progress
 from mlx_mtp.prompts_file import Line
 
 NOT_SHOWN_TO_HOLD = 1
-USER_ERROR = 2
-INTERRUPTED = 128 + 2  # as shells count: 128 + the signal's number, here SIGINT
-BROKEN_PIPE = 128 + 13  # SIGPIPE
 
 
 def parser() -> argparse.ArgumentParser:
     """The flags; one that is not given is CheckConfig's default, or QUICK's."""
     default = CheckConfig()
-    cli = _Parser(prog="python -m mlx_mtp.check",
-                  description="Check that drafting and batching change no text: on this machine, with this checkpoint.")
+    cli = OneLineParser(prog="python -m mlx_mtp.check", description="Check that drafting and batching change no text: "
+                                                                    "on this machine, with this checkpoint.")
     add = cli.add_argument
     add("--model", help="checkpoint folder or Hub name (default: the small built-in demonstration pair)")
     add("--draft-model", default=api.AUTO, help="drafter's folder or Hub name, or 'none' (default: auto, which looks "
@@ -77,6 +74,8 @@ def parser() -> argparse.ArgumentParser:
         help=f"temperatures, likewise; 0 is greedy (default: {_words(default.temperatures)})")
     add("--tolerance", type=float, metavar="LOGITS", help="by how much a token may lose to plain decoding's choice "
                                                           "(default: what rounding can explain, by dtype)")
+    add("--no-calibration", action="store_true", help="run a mixture's experts the default way, not the one that is "
+                                                      "the fastest here, which is what generate runs")
     add("--output", type=Path, metavar="FILE", help="write the report there, as JSON")
     add("--quick", action="store_true", help=f"fewer cells and tokens: rows {_words(QUICK.rows)}, K "
                                              f"{_words(QUICK.num_draft_tokens)}, {QUICK.max_tokens} tokens an answer")
@@ -89,21 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # an encoding that lacks a token's letter must not hide the verdict
     progress = Progress(True)
-    try:
-        return _run(args, progress)
-    except MtpError as error:
-        progress.clear()
-        print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr)
-        return USER_ERROR
-    except BrokenPipeError:  # the reader (`| head`) has enough; nothing may be flushed into the pipe at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return BROKEN_PIPE
-    except KeyboardInterrupt:
-        progress.clear()
-        print("\ninterrupted", file=sys.stderr)
-        return INTERRUPTED
-    finally:
-        progress.clear()
+    return guarded(lambda: _run(args, progress), progress.clear)
 
 
 def _run(args: argparse.Namespace, progress: Progress) -> int:
@@ -127,15 +112,15 @@ def _run(args: argparse.Namespace, progress: Progress) -> int:
             engine.check(case.request(pair))
 
     progress.show(f"loading {args.model or 'the built-in pair'}")
-    pair = api.load(args.model, args.draft_model, before_reading=prepare)
+    pair = loading.load(args.model, args.draft_model, calibrate=not args.no_calibration, before_reading=prepare)
     notes[:0] = pair.notes
     report = _checked(pair, cases, settings, notes, environment.card(pair, args.model), progress)
     progress.clear()
     for note in notes:
         print(note, file=sys.stderr)
-    report.show(console_for_stdout())
     if args.output is not None:
-        _write(args.output, report)
+        write_whole(args.output, json.dumps(report.as_json(), indent=1, allow_nan=False) + "\n")
+    report.show(console_for_stdout())
     return 0 if report.verdict == "holds" else NOT_SHOWN_TO_HOLD
 
 
@@ -147,6 +132,9 @@ def _checked(
     if pair.drafter is None:
         drafts = (0,)
         notes.append("there is no drafter: batches and kept prefixes are checked, drafting is not")
+    if len(cases) < max(settings.rows):
+        notes.append(f"there are {len(cases)} texts to decode, so no more rows than that were ever decoded together: "
+                     "give more prompts (--prompts-file) or temperatures")
     tolerance = default_tolerance(pair.target) if settings.tolerance is None else settings.tolerance
     began = time.perf_counter()
     swept = sweep.run(pair, cases, settings.rows, drafts, tolerance, progress.show)
@@ -169,22 +157,8 @@ def _check_output(path: Path | None) -> None:
         raise RequestError(f"there is no folder {path.parent} for --output: make it or name another")
 
 
-def _write(path: Path, report: Report) -> None:
-    try:
-        path.write_text(json.dumps(report.as_json(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise RequestError(f"--output {path} cannot be written ({error.strerror}): name another file") from error
-
-
 def _words(values: Sequence[object]) -> str:
     return " ".join(str(value) for value in values)
-
-
-class _Parser(argparse.ArgumentParser):
-    """Complains like everything else here: in one line that begins with "error:"."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(USER_ERROR, f"error: {message}; see --help\n")
 
 
 if __name__ == "__main__":

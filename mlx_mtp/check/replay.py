@@ -163,6 +163,8 @@ def _read(
             continue
         margin = gap * scale
         _, logits, noise = block[index - first]
-        if noise is not None and (sampling.top_k or sampling.top_p < 1 or sampling.min_p):
+        if math.isnan(lead):
+            margin = math.nan  # no filter may make a choice among such logits look near
+        elif noise is not None and (sampling.top_k or sampling.top_p < 1 or sampling.min_p):
             margin = least_change(np.array(logits[0, 0].astype(mx.float32)), np.array(noise[0, 0]), sampling, int(got))
         yield lead * scale, Flip(index, int(got), int(best), margin)

@@ -57,8 +57,9 @@ class Report:
         drafts = f" and {sweep.rejected} rejected drafts" if sweep.drafted else ""
         ties = "each token is plain decoding's own choice"
         if sweep.near_ties:
-            ties = (f"{sweep.near_ties} differ from plain decoding's own choice, and lose to it by at most "
-                    f"{self.tolerance:g} logits, which rounding explains")
+            lost = max(flip.margin for one in sweep.replays for flip in one.near_ties)
+            ties = (f"{sweep.near_ties} differ from plain decoding's own choice, and lose to it by at most {lost:.3g} "
+                    f"logits, within the tolerance of {self.tolerance:g}")
         return f"The promise holds over {tokens} tokens in {described(texts, 'text')}{drafts}: {ties}."
 
     def as_json(self) -> dict[str, Any]:

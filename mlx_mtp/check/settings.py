@@ -21,7 +21,7 @@ class CheckConfig:
     """
 
     rows: tuple[int, ...] = (1, 4, 8)
-    num_draft_tokens: tuple[NumDraftTokens, ...] = (0, 1, 3, 5, AUTO)
+    num_draft_tokens: tuple[NumDraftTokens, ...] = (0, 1, 3, 7, AUTO)
     max_tokens: int = 20
     temperatures: tuple[float, ...] = (0.0, 1.0)
     tolerance: float | None = None
@@ -40,4 +40,4 @@ class CheckConfig:
             raise RequestError(f"tolerance is {self.tolerance}; expected a finite number of at least 0, in logits")
 
 
-QUICK = CheckConfig(rows=(1, 4), num_draft_tokens=(0, 3, AUTO), max_tokens=12)
+QUICK = CheckConfig(rows=(1, 4), num_draft_tokens=(0, 3, AUTO), max_tokens=10)
