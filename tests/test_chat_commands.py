@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from chat_support import Recorder, ToldEngine, model_with_template, new_chat, new_session
@@ -175,16 +176,17 @@ def test_a_call_that_is_refused_or_fails_is_told_to_the_model(
 
 
 def test_a_trusted_chat_asks_nothing_and_a_model_that_calls_for_ever_is_told_to_stop(
-    session: Session, toolbox: Toolbox, tmp_path: Path
+    session: Session, toolbox: Toolbox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine = told(session, *[CALL] * 34, "Done.")
+    monkeypatch.setattr("mlx_mtp.chat.chat.MOST_CALLS", 3)
+    engine = told(session, *[CALL] * 5, "Done.")
     view = Recorder()
     chat = new_chat(session, tmp_path, view, is_trusted=True)
     chat.use_tools(toolbox)
     chat.take("Go")
     assert view.asked == []
-    assert engine.prompts[-1].count("5 🦙") == 32
-    assert engine.prompts[-1].count("more than 32 calls") == 2
+    assert engine.prompts[-1].count("5 🦙") == 3
+    assert engine.prompts[-1].count("more than 3 calls") == 2
 
 
 def test_a_call_that_cannot_be_read_is_one_line_and_the_answer_stays(session: Session, tmp_path: Path) -> None:
@@ -194,6 +196,40 @@ def test_a_call_that_cannot_be_read_is_one_line_and_the_answer_stays(session: Se
     chat.take("Go")
     assert view.errors == ["the model's tool call cannot be read ('call:add{a:'): nothing was called"]
     assert chat.conversation.messages[-1].content == "Let me see."
+
+
+def test_ctrl_c_at_the_question_refuses_the_call_and_the_turn_goes_on(
+    session: Session, toolbox: Toolbox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def confirm(_: str) -> bool:
+        raise KeyboardInterrupt
+
+    told(session, CALL, "As you like.")
+    view = Recorder()
+    monkeypatch.setattr(view, "confirm", confirm)
+    chat = new_chat(session, tmp_path, view)
+    chat.use_tools(toolbox)
+    chat.take("Go")
+    assert [message.content for message in chat.conversation.messages] == ["Go", "", tools.REFUSED, "As you like."]
+
+
+@pytest.mark.parametrize("body", ["raise SystemExit(3)", "x = []; x.append(x); return x", "return {(1, 2): 3}"])
+def test_a_tool_that_leaves_or_gives_what_is_no_json_ends_nothing(body: str) -> None:
+    names: dict[str, Any] = {}
+    exec(f"def add():\n    {body}", names)
+    assert Toolbox({"add": names["add"]}).call(ToolCall("call_0", "add", {})).content.startswith("Error: ")
+
+
+def test_half_a_character_is_kept_as_json_writes_it_and_loses_no_conversation(
+    session: Session, tmp_path: Path
+) -> None:
+    told(session, "One.")
+    view = Recorder(["Hi", "/system Caf\udce9", "More"])
+    chat = new_chat(session, tmp_path, view)
+    chat.run()
+    assert len(view.errors) == 1
+    kept = Conversation.load(next((tmp_path / "conversations").iterdir()))
+    assert (kept.system, len(kept.messages)) == ("Caf\udce9", 2)
 
 
 @pytest.mark.parametrize(("source", "message"), [
@@ -213,10 +249,10 @@ def test_whatever_goes_wrong_is_one_line_and_the_chat_goes_on(session: Session, 
     told(session, "Still here.")
     view = Recorder(["/set temp hot", "/set colour 3", "/set temp", f"/load {tmp_path}/none.json", "/model /nowhere",
                      f"/tools {tmp_path}/none.py", "/hlep", "/undo", "/retry", "/edit", "/save", "/quit now",
-                     f"/save {tmp_path}/a\0b", "", "  ", "Hello?"])
+                     f"/save {tmp_path}/a\0b", "/hlep\nof two lines", "", "  ", "Hello?"])
     chat = new_chat(session, tmp_path, view)
     chat.run()
-    assert len(view.errors) == 13
+    assert len(view.errors) == 14
     assert not any("\n" in error for error in view.errors)
     assert "did you mean /help?" in view.errors[6]
     assert chat.conversation.messages[-1].content == "Still here."

@@ -15,11 +15,13 @@ from typing import Any
 import pexpect
 import pytest
 from rich.console import Console
-from rich.markdown import Markdown
 
+from mlx_mtp.channels import Part
+from mlx_mtp.chat import rich_answer
 from mlx_mtp.chat.__main__ import main, parser
-from mlx_mtp.chat.rich_answer import final_length
+from mlx_mtp.chat.rich_answer import RichAnswer, as_markdown, final_length
 from mlx_mtp.chat.settings import NAMES
+from mlx_mtp.chat.terminal import holding_ctrl_c
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*forkpty:DeprecationWarning")  # pexpect's, beside MLX's threads
 
@@ -88,7 +90,7 @@ def test_three_turns_every_command_and_ctrl_c_in_a_terminal(tmp_path: Path) -> N
     child.send(ENDLESS + "Go on\r")
     expect(child, "max_tokens is 3000")
     expect(child, "Go on")
-    time.sleep(1)
+    time.sleep(0.5)
     child.sendintr()
     child.expect("stopped")
     expect(child, STATUS)
@@ -124,7 +126,7 @@ def test_a_long_paste_in_a_narrow_window_a_kill_and_the_conversation_goes_on(tmp
     child.send(ENDLESS + "Go on\r")
     expect(child, "max_tokens is 3000")
     expect(child, "Go on")
-    time.sleep(0.7)
+    time.sleep(0.4)
     child.kill(signal.SIGKILL)
     child.expect(pexpect.EOF)
     child.close()
@@ -227,6 +229,8 @@ def f():
 
     return "```"
 ```
+<div>a block</div>
+
 | a | b |
 |---|---|
 | 1 | 2 |
@@ -251,8 +255,32 @@ def test_what_is_printed_while_it_streams_reads_as_the_whole_does() -> None:
     def shown(*texts: str) -> list[str]:
         console = Console(width=40, file=open(os.devnull, "w"), record=True)  # noqa: SIM115
         for text in texts:
-            console.print(Markdown(text))
+            console.print(as_markdown(text))
         console.file.close()
         return [line.strip() for line in console.export_text().splitlines() if line.strip()]
 
     assert shown(*blocks) == shown(MARKDOWN)
+    assert "<div>a block</div>" in shown(MARKDOWN), "HTML is what a model may be asked for"
+
+
+def test_a_long_block_is_not_parsed_again_for_each_of_its_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    parsed: list[int] = []
+    parser = rich_answer._parser
+    monkeypatch.setattr(rich_answer, "_parser", lambda: parsed.append(1) or parser())
+    with open(os.devnull, "w") as nowhere, RichAnswer(Console(file=nowhere, force_terminal=True), "off") as answer:
+        for i in range(500):
+            answer.add(Part("answer", "```\n" if i == 0 else f"line {i}\n"))
+    assert len(parsed) < 100
+
+
+def test_ctrl_c_pressed_twice_at_once_is_one_wish_and_again_later_ends_what_does_not_heed_it(
+    monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with holding_ctrl_c() as stop:
+        assert not stop()
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        assert stop()
+        monkeypatch.setattr("mlx_mtp.chat.terminal.PATIENCE", 0)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)

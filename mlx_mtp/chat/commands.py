@@ -63,7 +63,7 @@ def _undo(chat: Chat, _: str) -> None:
 
 
 def _retry(chat: Chat, _: str) -> None:
-    if chat.settings.sampling.temperature == 0:
+    if chat.conversation.messages and chat.settings.sampling.temperature == 0:
         chat.view.note("the temperature is 0, so the answer will be the same: /set temperature 1 for others")
     chat.retry()
 
