@@ -10,7 +10,6 @@ import json
 import logging
 import os
 import tempfile
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,7 @@ def machine() -> str:
     """What every figure depends on: the device, MLX's version, and a BLAS that was preloaded on a CPU."""
     preloaded = "" if is_gpu() else os.environ.get("LD_PRELOAD", "")
     parts = [str(mx.device_info().get("device_name", "unknown device")), mx.default_device().type.name,
-             f"mlx {version('mlx')}", preloaded]
+             f"mlx {mx.__version__}", preloaded]
     return ", ".join(part for part in parts if part)
 
 
