@@ -14,6 +14,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from mlx_mtp.command import Parser
 from mlx_mtp.device import is_gpu
 
 CHOICE = "MLX_MTP_BENCH_BLAS"  # "reference" keeps what is linked; the bench sets "openblas" when it starts itself again
@@ -63,7 +64,7 @@ def restart_environment(environment: Mapping[str, str], library: Path | None) ->
 
 def prefer_openblas() -> None:
     """Starts this very command again with OpenBLAS, unless `--blas reference` or the environment says otherwise."""
-    cli = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    cli = Parser(add_help=False, allow_abbrev=False)
     add_flag(cli)
     if cli.parse_known_args()[0].blas == "reference":
         return

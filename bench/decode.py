@@ -5,8 +5,9 @@
     python -m bench.decode --model FOLDER --acceptance 0.8 --prompts random ragged
 
 Texts are compared with plain decoding before any speed is printed. Decoders take turns within a cell. `--acceptance`
-replaces the drafter's words by known ones, right as often as was asked, while its steps are still paid for. The JSON
-file's schema stands in bench/record.py.
+replaces the drafter's words by known ones, right as often as was asked, while its steps are still paid for. Of earlier
+runs only one thing is used: which way through a mixture's experts is the fastest here, as for every user; with
+`--no-calibration` it is the default way. The JSON file's schema stands in bench/record.py.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import mlx_mtp
 from bench import blas, plots
 from bench.bandwidth import PROBE_BYTES, measure_bandwidth
 from bench.card import checkpoint_card, environment_card, print_card
@@ -34,17 +34,20 @@ from bench.record import (
     print_table,
     split_lines,
 )
-from bench.runners import DraftLength
 from bench.sweep import NoPeers, ParityError, Peers, Sweep, SweepConfig, is_exact
 from mlx_mtp import Pair, demo
 from mlx_mtp.api import NO_DRAFTER
+from mlx_mtp.check import command as command_line
+from mlx_mtp.check import loading
+from mlx_mtp.check.command import check_output_folder
 from mlx_mtp.checkpoint.hub import find_drafter, local_folder
+from mlx_mtp.command import Parser, num_draft_tokens
 from mlx_mtp.config import AUTO
 from mlx_mtp.device import wired_memory
-from mlx_mtp.errors import MtpError, RequestError
+from mlx_mtp.errors import RequestError
 
 QUICK = SweepConfig(rows=(1, 4), num_draft_tokens=(0, 3, AUTO), prompts=("code", "prose"), max_tokens=32, runs=3)
-NOT_PARITY, USER_ERROR = 1, 2
+NOT_PARITY = 1
 MOST_APART = 0.03  # of the bench's tokens/s from generate's own
 
 
@@ -53,7 +56,7 @@ def add_sweep_flags(cli: argparse.ArgumentParser) -> None:
     add, default = cli.add_argument, SweepConfig()
     many = {"nargs": "+", "metavar": "N"}
     add("--rows", type=int, **many, help=f"batch sizes (default: {_shown(default.rows)})")
-    add("--num-draft-tokens", type=_draft_length, **many,
+    add("--num-draft-tokens", type=num_draft_tokens, **many,
         help=f"K, or auto; 0 is always among them (default: {_shown(default.num_draft_tokens)})")
     add("--prompts", nargs="+", metavar="KIND", help=f"of {', '.join(ALL_KINDS)} (default: {_shown(default.prompts)})")
     add("--context", type=int, **many, help="fill prompts up to so many tokens; 0: as they are (default: "
@@ -63,12 +66,14 @@ def add_sweep_flags(cli: argparse.ArgumentParser) -> None:
     add("--output", type=Path, metavar="FOLDER", help="for decode.json and the plots (default: bench-results)",
         default=Path("bench-results"))
     add("--no-plots", dest="plots", action="store_false", help="only the tables and the JSON file")
+    add("--no-calibration", action="store_true", help="run a mixture's experts the default way, not the fastest one "
+                                                      "here")
     add("--quick", action="store_true", help="a small sweep, for a first look; other flags change it")
     blas.add_flag(cli)
 
 
 def parser() -> argparse.ArgumentParser:
-    cli = argparse.ArgumentParser(prog="python -m bench.decode", description=(__doc__ or "").splitlines()[0])
+    cli = Parser(prog="python -m bench.decode", description=(__doc__ or "").splitlines()[0])
     cli.add_argument("--model", help="checkpoint folder or Hub name (default: the built-in pair)")
     cli.add_argument("--draft-model", default=AUTO, help="drafter's folder or Hub name, or 'none' (default: "
                                                          "%(default)s)")
@@ -136,11 +141,12 @@ def _drafts(record: Record) -> str:
 
 def _agreement_line(one: Agreement) -> str:
     return (f"overhead: K = {one.num_draft_tokens}, bench {one.bench_tokens_per_s.median:.1f} tok/s, generate's own "
-            f"{one.generate_tokens_per_s.median:.1f}: {one.apart:.1%} apart"
+            f"{one.generate_tokens_per_s.median:.1f}: {one.apart:.1%} apart, the median of pairs"
             + (f", which is more than {MOST_APART:.0%}: the machine was not quiet" if one.apart > MOST_APART else ""))
 
 
 def save(record: Record, folder: Path, with_plots: bool) -> None:
+    tell("")
     record.write(folder / "decode.json")
     written = [folder / "decode.json"]
     if with_plots:
@@ -149,16 +155,20 @@ def save(record: Record, folder: Path, with_plots: bool) -> None:
 
 
 def guarded(command: Callable[[], None]) -> int:
-    """Runs a command; returns 0, 1 if drafting changed a text, 2 for what the user can mend, with one line for each."""
-    try:
-        command()
-    except ParityError as error:
-        print(f"error: drafting changed a text: {error}", file=sys.stderr)
-        return NOT_PARITY
-    except MtpError as error:
-        print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr)
-        return USER_ERROR
-    return 0
+    """Runs a command; returns 0, 1 if drafting changed a text, 2 for what the user can mend, with one line for each.
+
+    130 after Ctrl-C, 141 where nobody reads the tables any more.
+    """
+    def run() -> int:
+        try:
+            command()
+        except ParityError as error:
+            tell("")
+            print(f"error: drafting changed a text: {error}", file=sys.stderr)
+            return NOT_PARITY
+        return 0
+
+    return command_line.guarded(run, lambda: tell(""))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -170,7 +180,8 @@ def _main(args: argparse.Namespace) -> None:
     config = sweep_config(args)
     if args.plots:
         plots.check_installed()
-    pair = mlx_mtp.load(args.model, args.draft_model)
+    check_output_folder(args.output)
+    pair = loading.load(args.model, args.draft_model, calibrate=not args.no_calibration)
     target, drafter = folders(args.model, args.draft_model)
     if pair.drafter is None and (config.acceptance is not None):
         raise RequestError("--acceptance replays a drafter's words, and there is no drafter: name one with "
@@ -197,10 +208,6 @@ def tell(text: str) -> None:
     """Progress, on a terminal's last line only."""
     if sys.stderr.isatty():
         print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
-
-
-def _draft_length(text: str) -> DraftLength:
-    return AUTO if text == AUTO else int(text)
 
 
 def _shown(values: Sequence[Any]) -> str:

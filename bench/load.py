@@ -22,13 +22,15 @@ from typing import Any
 
 import numpy as np
 
-import mlx_mtp
 from bench import blas
 from bench.card import checkpoint_card, environment_card, print_card
 from bench.decode import folders, guarded
 from bench.prompts import ALL_KINDS, KINDS, prompts
 from bench.runners import DraftLength
 from mlx_mtp import Pair
+from mlx_mtp.check import loading
+from mlx_mtp.check.command import check_output_folder, write_whole
+from mlx_mtp.command import Parser, num_draft_tokens
 from mlx_mtp.config import AUTO, EngineConfig, SamplingParams
 from mlx_mtp.device import wired_memory
 from mlx_mtp.engine.engine import Engine
@@ -132,7 +134,7 @@ class Client(threading.Thread):
 
 def run_load(pair: Pair, config: LoadConfig, card: dict[str, str]) -> LoadRecord:
     """Steps the engine on this thread until every client is through and every answer whole."""
-    engine = Engine(pair.target, pair.drafter, config.engine_config())
+    engine = Engine(pair.target, pair.drafter, config.engine_config(), pair.round_costs)
     warm_up(pair, engine, config)
     requests = _requests(pair, config)
     for _, request in (one for of_client in requests for one in of_client):
@@ -202,16 +204,18 @@ def report(record: LoadRecord) -> None:
 
 def parser() -> argparse.ArgumentParser:
     default = LoadConfig()
-    cli = argparse.ArgumentParser(prog="python -m bench.load", description=(__doc__ or "").splitlines()[0])
+    cli = Parser(prog="python -m bench.load", description=(__doc__ or "").splitlines()[0])
     add = cli.add_argument
     add("--model", help="checkpoint folder or Hub name (default: the built-in pair)")
     add("--draft-model", default=AUTO, help="default: %(default)s")
     for name in ("clients", "requests", "max_tokens", "seed", "max_rows", "max_waiting"):
         add(f"--{name.replace('_', '-')}", type=int, help=f"default: {getattr(default, name)}")
     add("--rate", type=float, help=f"requests a second, of all clients together (default: {default.rate:g})")
-    add("--num-draft-tokens", type=lambda text: AUTO if text == AUTO else int(text),
+    add("--num-draft-tokens", type=num_draft_tokens,
         help=f"K, or auto (default: {default.num_draft_tokens})")
     add("--prompts", nargs="+", metavar="KIND", help=f"of {', '.join(ALL_KINDS)} (default: {' '.join(KINDS)})")
+    add("--no-calibration", action="store_true",
+        help="run a mixture's experts the default way, not the one that is the fastest here")
     add("--output", type=Path, default=Path("bench-results"), help="folder for load.json (default: %(default)s)")
     add("--quick", action="store_true", help="a short test; other flags change it")
     blas.add_flag(cli)
@@ -227,14 +231,14 @@ def _main(args: argparse.Namespace) -> None:
     given = {field.name: value for field in fields(LoadConfig) if (value := getattr(args, field.name)) is not None}
     config = replace(QUICK if args.quick else LoadConfig(), **{
         name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
-    pair = mlx_mtp.load(args.model, args.draft_model)
+    check_output_folder(args.output)
+    pair = loading.load(args.model, args.draft_model, calibrate=not args.no_calibration)
     card = environment_card() | checkpoint_card(pair, *folders(args.model, args.draft_model))
     print_card(card)
     record = run_load(pair, config, card)
     report(record)
     path = args.output / "load.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(asdict(record), indent=1) + "\n", encoding="utf-8")
+    write_whole(path, json.dumps(asdict(record), indent=1, allow_nan=False) + "\n")
     print(f"wrote {path}")
 
 

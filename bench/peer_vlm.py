@@ -102,7 +102,7 @@ class VlmRunner:
 
     def drafting(self) -> Drafting | None:
         accepted = self._peer.drafter.accept_lens  # of each round, averaged over its rows
-        return Drafting(1 + sum(accepted) / len(accepted)) if accepted else None
+        return Drafting(len(accepted), sum(accepted)) if accepted else None
 
 
 def _view(folder: Path, work: Path) -> Path:

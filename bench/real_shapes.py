@@ -28,7 +28,10 @@ from bench.prompts import RANDOM
 from bench.recipe_sizes import FAMILY
 from bench.sweep import NoPeers
 from mlx_mtp import Pair, demo
+from mlx_mtp.check.command import check_output_folder
+from mlx_mtp.check.loading import choose_fastest_dispatch
 from mlx_mtp.checkpoint.loader import QUANTIZABLE, default_dtype
+from mlx_mtp.command import Parser
 from mlx_mtp.config import FULL, QuantizationConfig, TargetConfig
 from mlx_mtp.convert import recipes
 from mlx_mtp.errors import RequestError
@@ -140,7 +143,7 @@ def family_name(name: str) -> str:
 
 
 def parser() -> argparse.ArgumentParser:
-    cli = argparse.ArgumentParser(prog="python -m bench.real_shapes", description=(__doc__ or "").splitlines()[0])
+    cli = Parser(prog="python -m bench.real_shapes", description=(__doc__ or "").splitlines()[0])
     cli.add_argument("model", help=f"one of {', '.join(FAMILY)}")
     cli.add_argument("--bits", type=int, choices=BITS, default=4, help="of the target (default: %(default)s)")
     cli.add_argument("--draft-bits", type=int, choices=BITS, default=4, help="default: %(default)s")
@@ -163,9 +166,12 @@ def _main(args: argparse.Namespace) -> None:
     if args.plots:
         plots.check_installed()
     name = family_name(args.model)
+    check_output_folder(args.output)
     whole = family_target(name, args.bits)
     target, drafter = first_layers(whole, args.layers), family_drafter(whole, args.draft_bits)
     pair = random_pair(target, drafter, default_dtype() or mx.bfloat16, args.seed)
+    if not args.no_calibration:
+        choose_fastest_dispatch(pair)
     layers = f"{len(target.config.text.layers)} of {len(whole.config.text.layers)} layers"
     card = environment_card() | {
         "target": f"the shapes of {name}, {layers}, random weights, seed {args.seed}",

@@ -14,6 +14,7 @@ from typing import Any
 
 from bench.measure import Difference, Spread
 from bench.runners import DraftLength
+from mlx_mtp.check.command import write_whole
 
 NOTHING = "-"
 SCHEMA = "mlx_mtp bench.decode 1"
@@ -25,10 +26,11 @@ class RunnerResult:
 
     name: ours, mlx-lm or mlx-vlm. num_draft_tokens: K, 0 for plain decoding. tokens_per_s: of all rows together,
     while all decode; null where that time was none. tpot_ms: of one row. ttft_ms: median over the rows, from when all
-    are submitted. speedup: tokens_per_s over that of ours with K = 0. mean_acceptance_length, acceptance_at: see
-    bench.runners.Drafting. share_of_bound: the least time in which a round's weights can be read, over the
-    round's time; null for the peers. difference: from plain decoding of each row alone; null if there is none.
-    failed: why a peer did not run; all figures are null then.
+    are submitted. speedup: tokens_per_s over that of ours with K = 0. mean_num_draft_tokens, mean_acceptance_length,
+    acceptance_at: over the rounds of all runs, see bench.runners.Drafting. share_of_bound: the least time in which a
+    round's weights can be read, over the round's time, the median of the runs; null for the peers.
+    difference: from plain decoding of each row alone; null if there is none. failed: why a peer did not run; all
+    figures are null then.
     """
 
     name: str
@@ -96,8 +98,7 @@ class Record:
     schema: str = field(default=SCHEMA)
 
     def write(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+        write_whole(path, json.dumps(asdict(self), indent=1, allow_nan=False) + "\n")
 
 
 COLUMNS = ("rows", "prompts", "tokens", "decoder", "K", "tok/s", "(range)", "speed-up", "TTFT ms", "TPOT ms",

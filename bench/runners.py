@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Literal, Protocol
 
 from bench.measure import Tokens
@@ -22,15 +23,43 @@ PREFILL_CHUNK = 2048
 
 @dataclass(frozen=True)
 class Drafting:
-    """What drafting gave in one run, all rows together.
+    """What drafting gave in one run or several, all rows together: counts of the rounds of single rows.
 
-    mean_acceptance_length: tokens a round of a row. acceptance_at[i]: of the rounds that drafted more than i tokens,
-    the share that accepted at least i + 1. mean_length: drafts a round.
+    accepted, drafted: tokens, the latter None where it is not known. reached[i]: rounds that drafted more than i
+    tokens; taken[i]: those that accepted at least i + 1.
     """
 
-    mean_acceptance_length: float
-    acceptance_at: tuple[float, ...] = ()
-    mean_length: float | None = None
+    rounds: int
+    accepted: float
+    drafted: int | None = None
+    reached: tuple[int, ...] = ()
+    taken: tuple[int, ...] = ()
+
+    @property
+    def mean_acceptance_length(self) -> float:
+        """Tokens a round of a row."""
+        return 1 + self.accepted / self.rounds
+
+    @property
+    def acceptance_at(self) -> tuple[float, ...]:
+        """[i]: of the rounds that drafted more than i tokens, the share that accepted at least i + 1."""
+        return tuple(taken / reached for taken, reached in zip(self.taken, self.reached, strict=True) if reached)
+
+    @property
+    def mean_length(self) -> float | None:
+        """Drafts a round."""
+        return None if self.drafted is None else self.drafted / self.rounds
+
+    @classmethod
+    def pooled(cls, runs: Sequence[Drafting]) -> Drafting:
+        """All rounds of some runs: with K = "auto" each run may draft otherwise."""
+        drafted = [one.drafted for one in runs]
+        return cls(
+            rounds=sum(one.rounds for one in runs),
+            accepted=sum(one.accepted for one in runs),
+            drafted=None if None in drafted else sum(filter(None, drafted)),
+            reached=tuple(map(sum, zip_longest(*(one.reached for one in runs), fillvalue=0))),
+            taken=tuple(map(sum, zip_longest(*(one.taken for one in runs), fillvalue=0))))
 
 
 class Runner(Protocol):
@@ -50,7 +79,10 @@ class Runner(Protocol):
 
 
 class Ours:
-    """This package: one engine over all runs, so that "auto" keeps what it has learned from one to the next."""
+    """This package: one engine over all runs, so that "auto" keeps what it has learned from one to the next.
+
+    What rounds take is the pair's, as it is for every engine that a user makes: a later cell knows of an earlier one.
+    """
 
     name = "ours"
 
@@ -59,7 +91,8 @@ class Ours:
         chunk = PREFILL_CHUNK if is_prefilled_together(prompts) else EngineConfig().prefill_chunk
         self._max_context = pair.max_context
         self._engine = Engine(pair.target, drafter if num_draft_tokens else None, EngineConfig(
-            num_draft_tokens=num_draft_tokens, prefill_chunk=chunk, prefix_tokens=0, max_rows=len(prompts)))
+            num_draft_tokens=num_draft_tokens, prefill_chunk=chunk, prefix_tokens=0, max_rows=len(prompts)),
+            pair.round_costs)
         self.stats: tuple[RequestStats, ...] = ()  # of the last run, up to where its first row ended
 
     def steps(
@@ -77,26 +110,22 @@ class Ours:
                 self.stats = tuple(request.stats(0.0) for request in requests)
 
     def drafting(self) -> Drafting | None:
-        return None if self.num_draft_tokens == 0 else drafting_of(self.stats, self.num_draft_tokens)
+        return None if self.num_draft_tokens == 0 else drafting_of(self.stats)
 
 
-def drafting_of(stats: Sequence[RequestStats], num_draft_tokens: DraftLength) -> Drafting | None:
+def drafting_of(stats: Sequence[RequestStats]) -> Drafting | None:
     """All rows' statistics together; None if there was no round, as for an answer of one token."""
-    def reached(i: int) -> int:
-        """Rounds that drafted more than i tokens."""
-        if num_draft_tokens != "auto":
-            return rounds
-        return sum(count for one in stats for length, count in one.rounds_by_length.items() if length > i)
-
     rounds = sum(one.rounds for one in stats)
     if not rounds:
         return None
-    longest = max(len(one.accepted_at) for one in stats)
-    taken = [sum(sum(one.accepted_at[i : i + 1]) for one in stats) for i in range(longest)]
+    longest = max(max(one.rounds_by_length, default=0) for one in stats)
     return Drafting(
-        mean_acceptance_length=1 + sum(one.accepted for one in stats) / rounds,
-        acceptance_at=tuple(count / reached(i) for i, count in enumerate(taken)),
-        mean_length=sum(one.drafted for one in stats) / rounds,
+        rounds=rounds,
+        accepted=sum(one.accepted for one in stats),
+        drafted=sum(one.drafted for one in stats),
+        reached=tuple(sum(count for one in stats for length, count in one.rounds_by_length.items() if length > i)
+                      for i in range(longest)),
+        taken=tuple(sum(sum(one.accepted_at[i : i + 1]) for one in stats) for i in range(longest)),
     )
 
 

@@ -231,7 +231,7 @@ class Sweep:
             return RunnerResult(runner.name, runner.num_draft_tokens, failed=self._failed[i, j])
         speeds = [run.tokens_per_s for run, _ in runs if run.tokens_per_s is not None]
         found = [drafting for _, drafting in runs if drafting is not None]
-        drafting = found[-1] if found else Drafting(1.0, mean_length=0.0)
+        drafting = Drafting.pooled(found) if found else Drafting(1, 0.0, 0)
         result = RunnerResult(
             runner.name, runner.num_draft_tokens,
             tokens_per_s=Spread.of(speeds) if speeds else None,
@@ -243,8 +243,13 @@ class Sweep:
             difference=self._differences[i, j])
         if not isinstance(runner, Ours) or result.tpot_ms is None or drafting.mean_length is None:
             return result
-        least = weight_bytes(self._pair, cell.rows, drafting.mean_length) / self._bandwidth.best / 1e9
-        return replace(result, share_of_bound=1e3 * least / (result.tpot_ms.median * drafting.mean_acceptance_length))
+        shares = []
+        for run, one in runs:
+            one = one or drafting
+            if run.tpot is not None and one.mean_length is not None:
+                least = weight_bytes(self._pair, cell.rows, one.mean_length) / self._bandwidth.best / 1e9
+                shares.append(least / (run.tpot * one.mean_acceptance_length))
+        return replace(result, share_of_bound=statistics.median(shares))
 
     def _splits(self, cell: Cell, results: Sequence[RunnerResult]) -> tuple[Split, ...]:
         splits = []

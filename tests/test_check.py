@@ -17,6 +17,7 @@ from mlx_mtp.check.prompts import Case
 from mlx_mtp.check.replay import Flip, Text, replay
 from mlx_mtp.check.sweep import Sweep
 from mlx_mtp.config import SamplingParams
+from mlx_mtp.models.target import Target
 
 TOLERANCE = 1e-4
 # Prompt, tokens of the answer, temperature. Rows end at different times, so that others move into their places.
@@ -124,6 +125,15 @@ def test_the_second_best_token_loses_by_what_the_best_one_leads(pair: Pair, heal
     assert (flip.index, flip.got, flip.expected) == (3, second, best)
     assert flip.margin == pytest.approx(lead, abs=1e-6)
     assert lead == pytest.approx(logits[best] - logits[second], abs=1e-3)
+
+
+def test_logits_that_are_no_numbers_are_a_violation_whatever_filter_draws(
+    monkeypatch: pytest.MonkeyPatch, pair: Pair, healthy: Sweep
+) -> None:
+    real = Target.logits
+    monkeypatch.setattr(Target, "logits", lambda self, hidden: real(self, hidden) * math.nan)
+    text = replace(healthy.cells[0].texts[4], sampling=SamplingParams(18, 1.0, top_k=5))
+    assert replay(pair.target, text, 1.0).violation is not None
 
 
 def stopped(pair: Pair, prompt: str, most: int) -> Text:

@@ -40,14 +40,14 @@ from pathlib import Path
 from mlx_mtp import api, prompts_file
 from mlx_mtp.api import Pair
 from mlx_mtp.check import environment, loading, prompts, sweep
-from mlx_mtp.check.command import OneLineParser, guarded, write_whole
+from mlx_mtp.check.command import check_output_folder, guarded, write_whole
 from mlx_mtp.check.margins import default_tolerance
 from mlx_mtp.check.prompts import Case
 from mlx_mtp.check.report import Report, console_for_stdout
 from mlx_mtp.check.settings import QUICK, CheckConfig
+from mlx_mtp.command import Parser, num_draft_tokens
 from mlx_mtp.config import SamplingParams
 from mlx_mtp.errors import RequestError
-from mlx_mtp.generate import num_draft_tokens
 from mlx_mtp.progress import Progress
 from mlx_mtp.prompts_file import Line
 
@@ -57,7 +57,7 @@ NOT_SHOWN_TO_HOLD = 1
 def parser() -> argparse.ArgumentParser:
     """The flags; one that is not given is CheckConfig's default, or QUICK's."""
     default = CheckConfig()
-    cli = OneLineParser(prog="python -m mlx_mtp.check", description="Check that drafting and batching change no text: "
+    cli = Parser(prog="python -m mlx_mtp.check", description="Check that drafting and batching change no text: "
                                                                     "on this machine, with this checkpoint.")
     add = cli.add_argument
     add("--model", help="checkpoint folder or Hub name (default: the small built-in demonstration pair)")
@@ -155,6 +155,8 @@ def _check_output(path: Path | None) -> None:
         raise RequestError(f"--output {path} is a folder: expected the name of a file")
     if not path.absolute().parent.is_dir():
         raise RequestError(f"there is no folder {path.parent} for --output: make it or name another")
+    if path.is_file() or not path.exists():
+        check_output_folder(path.absolute().parent, is_made=False)
 
 
 def _words(values: Sequence[object]) -> str:
