@@ -15,8 +15,7 @@ from typing import Any
 from mlx_mtp import api, batch, prompts_file
 from mlx_mtp.api import Pair, Result
 from mlx_mtp.batch import Job
-from mlx_mtp.command import Parser, guarded
-from mlx_mtp.command import num_draft_tokens as num_draft_tokens  # mlx_mtp.check takes it from here
+from mlx_mtp.command import Parser, guarded, num_draft_tokens
 from mlx_mtp.config import AUTO, EngineConfig, SamplingParams
 from mlx_mtp.errors import RequestError
 from mlx_mtp.output_file import OutputFile

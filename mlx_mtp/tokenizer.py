@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +113,8 @@ class TextStream:
         segments = []
         for token in tokens:
             if not self.is_stopped:
-                self._detokenizer.add_token(token)
+                with suppress(IndexError):  # a vocabulary padded beyond the tokenizer's: such ids are no text
+                    self._detokenizer.add_token(token)
                 self.num_tokens += 1
                 segments.append(self._release(self._detokenizer.last_segment))
         return "".join(segments)

@@ -228,3 +228,13 @@ def test_a_file_that_is_not_json_is_named(broken: str, tmp_path: Path) -> None:
     (folder / f"{broken}.json").write_text("{")
     with pytest.raises(CheckpointError, match=str(folder)):
         Tokenizer(folder)
+
+
+def test_ids_that_the_tokenizer_does_not_know_are_no_text() -> None:
+    """A model's vocabulary may be padded beyond its tokenizer's."""
+    tokenizer = Tokenizer(demo.TARGET)
+    known = tokenizer.encode("a list of names")[1:]
+    stream = tokenizer.stream()
+    text = stream.add([known[0], 10**6, *known[1:], 10**6 + 1]) + stream.finish()
+    assert text == tokenizer.decode(known)
+    assert stream.num_tokens == len(known) + 2
