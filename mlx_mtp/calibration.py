@@ -29,9 +29,11 @@ def default_path() -> Path:
 
 def machine() -> str:
     """What every figure depends on: the device, MLX's version, and a BLAS that was preloaded on a CPU."""
+    from importlib.metadata import version  # it imports a mail parser: only those who calibrate pay for it
+
     preloaded = "" if is_gpu() else os.environ.get("LD_PRELOAD", "")
     parts = [str(mx.device_info().get("device_name", "unknown device")), mx.default_device().type.name,
-             f"mlx {mx.__version__}", preloaded]
+             f"mlx {version('mlx')}", preloaded]
     return ", ".join(part for part in parts if part)
 
 
