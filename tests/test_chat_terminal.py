@@ -35,10 +35,11 @@ ENDLESS = "/set temp 2\r/set max_tokens 3000\r"  # what such a hot model says se
 
 
 def user_folders(home: Path) -> dict[str, str]:
-    """An environment in which the user's files lie under `home`."""
-    return os.environ | {"HOME": str(home), "XDG_DATA_HOME": str(home / "data"), "TERM": "xterm-256color",
-                         "XDG_CONFIG_HOME": str(home / "config"), "XDG_STATE_HOME": str(home / "state"),
-                         "PROMPT_TOOLKIT_NO_CPR": "1", "PYTHONIOENCODING": "utf-8", "NO_COLOR": ""}
+    """An environment in which the user's files lie under `home`, and no size of another terminal."""
+    environment = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")}
+    return environment | {"HOME": str(home), "XDG_DATA_HOME": str(home / "data"), "TERM": "xterm-256color",
+                          "XDG_CONFIG_HOME": str(home / "config"), "XDG_STATE_HOME": str(home / "state"),
+                          "PROMPT_TOOLKIT_NO_CPR": "1", "PYTHONIOENCODING": "utf-8", "NO_COLOR": ""}
 
 
 def started(home: Path, *arguments: str, columns: int = 80) -> Any:
