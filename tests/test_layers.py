@@ -220,6 +220,18 @@ def test_softcap_bounds_logits_and_is_nothing_without_a_cap() -> None:
     assert softcap(logits.astype(mx.bfloat16), 30.0).dtype == mx.bfloat16
 
 
+def test_tanh_is_right_to_the_last_bits_of_float32_and_exact_where_it_is_flat() -> None:
+    z = mx.linspace(-12, 12, 100_001)
+    expected = np.tanh(exact(z))
+    error = np.abs(exact(softcap(z, 1.0)) - expected)
+    assert (error <= 4e-7 * np.abs(expected)).all()
+    ends = mx.array([-float("inf"), -1e30, -9.5, 0.0, 9.5, 1e30, float("inf"), float("nan")])
+    assert softcap(ends, 1.0).tolist()[:-1] == [-1, -1, -1, 0, 1, 1, 1]
+    assert mx.isnan(softcap(ends, 1.0)[-1]).item()
+    huge = mx.array([-1e4, 1e4])
+    assert geglu(huge, mx.ones(2)).tolist() == [0, 1e4]
+
+
 def test_the_gated_mlp_is_down_of_geglu_of_gate_and_up() -> None:
     mlp, x = GatedMLP(32, 48), random(5, 32)
     gate, up, down = (exact(linear.weight).T for linear in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
