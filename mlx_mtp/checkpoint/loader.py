@@ -23,9 +23,9 @@ from mlx_mtp.config import DrafterConfig, QuantizationConfig, TargetConfig, Text
 from mlx_mtp.device import is_gpu
 from mlx_mtp.errors import CheckpointError, ConfigError, PairError, RequestError
 from mlx_mtp.models.drafter import Drafter
-from mlx_mtp.models.layers import lacks_fast_kernels
 from mlx_mtp.models.moe import ExpertLinear
 from mlx_mtp.models.target import Target
+from mlx_mtp.models.vector_math import lacks_fast_kernels
 
 DRAFT_BITS = (2, 3, 4, 5, 6, 8)
 TOKEN_ORDERING = "masked_embedding.token_ordering"

@@ -3,46 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from functools import partial
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_mtp.config import RotaryConfig
-from mlx_mtp.device import is_gpu
-
-# Element-wise chains become one kernel. On a GPU MLX compiles them itself; on CPU it does where there is a C++ compiler
-# and runs them one by one where there is none.
-fused = partial(mx.compile, shapeless=True)
-
-
-# tanh(z) = z * P(z^2) / Q(z^2), lowest power first: a minimax fit (reweighted least squares) with a relative error of
-# 2e-8 up to |z| = 9, from where on float32's tanh is 1 or -1.
-TANH_LIMIT = 9
-TANH_P = (0.999999979, 0.133810214, 0.00349558308, 2.06090005e-05, 1.33545521e-08)
-TANH_Q = (1.0, 0.46714337, 0.025876963, 0.000328562661, 7.77651259e-07)
-
-
-def lacks_fast_kernels(x: mx.array) -> bool:
-    """Whether MLX has no fast kernels for this: float32 on CPU, where mx.fast falls back to a chain of small operations
-    and exp and tanh take one number at a time. Twins here are shorter."""
-    return x.dtype == mx.float32 and not is_gpu()
-
-
-def _tanh(z: mx.array) -> mx.array:
-    if not lacks_fast_kernels(z):
-        return mx.tanh(z)
-    square = z * z
-    ratio = z * _polynomial(TANH_P, square) / _polynomial(TANH_Q, square)
-    return mx.where(z > TANH_LIMIT, 1.0, mx.where(z < -TANH_LIMIT, -1.0, ratio))
-
-
-def _polynomial(coefficients: Sequence[float], x: mx.array) -> mx.array:
-    value = mx.array(coefficients[-1], x.dtype)
-    for coefficient in reversed(coefficients[:-1]):
-        value = value * x + coefficient
-    return value
+from mlx_mtp.models.vector_math import fused, lacks_fast_kernels, tanh
 
 
 @fused
@@ -53,13 +19,13 @@ def geglu(gate: mx.array, up: mx.array) -> mx.array:
     """
     z = math.sqrt(2 / math.pi) * (gate + 0.044715 * gate * gate * gate)
     if lacks_fast_kernels(gate):
-        return 0.5 * gate * up * (1 + _tanh(z))
+        return 0.5 * gate * up * (1 + tanh(z))
     return gate * up / (1 + mx.exp(-2 * z))
 
 
 @fused
 def _softcap(logits: mx.array, cap: mx.array) -> mx.array:
-    return _tanh(logits / cap) * cap
+    return tanh(logits / cap) * cap
 
 
 def softcap(logits: mx.array, cap: float | None) -> mx.array:

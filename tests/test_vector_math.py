@@ -1,0 +1,74 @@
+"""tanh and softmax agree with float64 to the last bits of float32, also where they are flat, and at the ends."""
+
+from __future__ import annotations
+
+import math
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_mtp.models import vector_math
+from mlx_mtp.models.layers import geglu, softcap
+from mlx_mtp.models.vector_math import FEW_SCORES, lacks_fast_kernels, softmax, tanh
+
+INFINITY = math.inf
+
+
+@pytest.fixture
+def twins(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vector_math, "lacks_fast_kernels", lambda x: True)
+
+
+def random(*shape: int, scale: float) -> mx.array:
+    return mx.array(np.random.default_rng(0).normal(0, scale, shape), mx.float32)
+
+
+def exact(x: mx.array) -> np.ndarray:
+    return np.array(x, np.float64)
+
+
+def test_only_float32_on_cpu_lacks_fast_kernels() -> None:
+    on_cpu = mx.default_device().type == mx.DeviceType.cpu
+    assert lacks_fast_kernels(mx.zeros(1)) == on_cpu
+    assert not lacks_fast_kernels(mx.zeros(1, mx.bfloat16))
+    assert not lacks_fast_kernels(mx.zeros(1, mx.float16))
+
+
+@pytest.mark.usefixtures("twins")
+def test_tanh_is_right_to_the_last_bits_and_exact_where_it_is_flat() -> None:
+    z = mx.linspace(-12, 12, 100_001)
+    expected = np.tanh(exact(z))
+    assert (np.abs(exact(tanh(z)) - expected) <= 4e-7 * np.abs(expected)).all()
+    ends = tanh(mx.array([-INFINITY, -1e30, -9.5, 0.0, 9.5, 1e30, INFINITY, math.nan]))
+    assert ends.tolist()[:-1] == [-1, -1, -1, 0, 1, 1, 1]
+    assert mx.isnan(ends[-1]).item()
+
+
+def test_a_gate_far_below_zero_lets_nothing_through() -> None:
+    huge = mx.array([-1e4, 1e4])
+    assert geglu(huge, mx.ones(2)).tolist() == [0, 1e4]
+    assert softcap(huge, 30.0).tolist() == [-30, 30]
+
+
+@pytest.mark.usefixtures("twins")
+@pytest.mark.parametrize("scale", [0.01, 1, 30])
+def test_softmax_is_right_to_the_last_bits(scale: float) -> None:
+    scores = random(4, 4, 8, 200, scale=scale)
+    scores = mx.where(mx.arange(200) % 7 == 3, -INFINITY, scores)
+    assert scores.size >= FEW_SCORES
+    below = exact(scores) - exact(scores).max(axis=-1, keepdims=True)
+    expected = np.exp(below) / np.exp(below).sum(axis=-1, keepdims=True)
+    got, rounding = exact(softmax(scores)), 2.0**-23
+    of_the_sum, of_the_power = 4 * rounding, rounding * np.minimum(-below, 80)
+    assert (np.abs(got - expected) <= (of_the_sum + of_the_power) * expected + 1e-30).all()
+    assert (got[..., 3::7] < 1e-37).all()
+
+
+@pytest.mark.usefixtures("twins")
+def test_few_scores_are_left_to_mlx_and_many_do_not_depend_on_their_level() -> None:
+    few = random(1, 1, 1, FEW_SCORES - 1, scale=1)
+    assert mx.array_equal(softmax(few), mx.softmax(few, axis=-1)).item()
+    many = mx.round(random(8, FEW_SCORES, scale=8))
+    assert mx.array_equal(softmax(many), softmax(many + 4096)).item()
+    assert mx.isnan(softmax(mx.where(many == many[0, 0], math.nan, many))[0]).all().item()
