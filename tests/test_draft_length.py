@@ -138,6 +138,18 @@ def test_costs_outlive_a_request_so_that_the_next_needs_no_first_look() -> None:
     assert min(second.chosen[3:6]) >= 5
 
 
+def test_what_was_accepted_before_is_what_a_new_engine_begins_with() -> None:
+    begun = {}
+    for acceptance in (0.1, 0.9):
+        costs = RoundCosts()
+        machine = Machine(AdaptiveLength(LONGEST, costs), COSTS["memory-bound"], 4, random.Random(0))
+        for _ in range(300):
+            machine.round(acceptance)
+        assert abs(costs.usual_acceptance - acceptance) < 0.15
+        begun[acceptance] = AdaptiveLength(LONGEST, costs).choose(4)
+    assert begun[0.1] <= 1 < 3 <= begun[0.9]
+
+
 def timed(costs: RoundCosts, k: int, seconds: float) -> None:
     costs.observe(1, k, None)  # the first of its kind is never believed
     costs.observe(1, k, seconds)

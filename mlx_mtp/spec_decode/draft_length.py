@@ -24,6 +24,7 @@ FIRM = 2.0  # observations that the acceptance one position earlier counts for
 LEAST_WEIGHT = 1.0  # observations of the first position that are never forgotten: the mean stays, less firmly
 LOOSE = 1.0  # observations that are kept when the task changes
 USUAL_ACCEPTANCE = 0.6
+LIFETIME = 200  # drafts after which the acceptance that a new engine begins with has mostly been learnt anew
 SAMPLES = 15  # of the cost of a round, the newest ones
 USUAL_STEP = 0.15
 CLIFF = 0.3
@@ -77,12 +78,13 @@ class FixedLength:
 class Acceptance:
     """Running acceptance at each position, given that all drafts before it were accepted.
 
-    A position is believed to do as well as the one before it until it is measured, and again when that is long ago.
+    A position is believed to do as well as the one before it until it is measured, and again when that is long ago;
+    the first one as `usual` until then.
     """
 
-    def __init__(self, longest: int) -> None:
+    def __init__(self, longest: int, usual: float = USUAL_ACCEPTANCE) -> None:
         self._tried = [LEAST_WEIGHT, *[0.0] * (longest - 1)][:longest]
-        self._kept = [LEAST_WEIGHT * USUAL_ACCEPTANCE, *[0.0] * (longest - 1)][:longest]
+        self._kept = [LEAST_WEIGHT * usual, *[0.0] * (longest - 1)][:longest]
         self._surplus = self._variance = 0.0  # of accepted drafts, lately, over what was expected
 
     def observe(self, num_draft_tokens: int, accepted: Sequence[int]) -> bool:
@@ -129,13 +131,15 @@ class Acceptance:
 
 
 class RoundCosts:
-    """Seconds of a round by rows and K, as measured; they outlive requests and engines.
+    """Seconds of a round by rows and K, as measured; they outlive requests and engines, and so does `usual_acceptance`,
+    the share of first drafts that were right, which a new engine begins with.
 
     Where nothing is known, one more draft is thought to cost USUAL_STEP plain rounds. widest_block: positions of a row,
     K + 1, beyond which a round is feared to cost CLIFF plain rounds more, until it is measured.
     """
 
     def __init__(self, widest_block: int | None = None) -> None:
+        self.usual_acceptance = USUAL_ACCEPTANCE
         self._widest_block = widest_block
         self._begun: set[tuple[int, int]] = set()
         self._samples: dict[int, dict[int, deque[float]]] = {}
@@ -153,6 +157,11 @@ class RoundCosts:
             return
         self._samples.setdefault(rows, {}).setdefault(num_draft_tokens, deque(maxlen=SAMPLES)).append(seconds)
         self._curves.clear()
+
+    def accept(self, accepted: Sequence[int]) -> None:
+        """accepted: of each row of a round that drafted."""
+        for count in accepted:
+            self.usual_acceptance += ((count > 0) - self.usual_acceptance) / LIFETIME
 
     def count(self, rows: int, num_draft_tokens: int) -> int:
         return len(self._samples.get(rows, {}).get(num_draft_tokens, ()))
@@ -210,7 +219,7 @@ class AdaptiveLength:
     def __init__(self, longest: int, costs: RoundCosts) -> None:
         self.longest = longest
         self._costs = costs
-        self._acceptance = Acceptance(longest)
+        self._acceptance = Acceptance(longest, costs.usual_acceptance)
         self._planned: deque[int] = deque()
         self._first_looks: Counter[int] = Counter()  # by rows
         self._chosen = self._heard = self._first_look_until = 0  # rounds
@@ -231,6 +240,8 @@ class AdaptiveLength:
         self._heard += 1
         if self._acceptance.observe(num_draft_tokens, accepted):
             self._wait, self._countdown = SOONEST_LOOK, 1
+        if num_draft_tokens:
+            self._costs.accept(accepted)
         self._costs.observe(rows, num_draft_tokens, seconds)
 
     def new_task(self) -> None:
