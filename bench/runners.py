@@ -8,6 +8,7 @@ from itertools import zip_longest
 from typing import Literal, Protocol
 
 from bench.measure import Tokens
+from bench.replay import ReplayDrafter
 from mlx_mtp import Pair
 from mlx_mtp.config import EngineConfig, SamplingParams
 from mlx_mtp.engine.engine import Engine
@@ -89,7 +90,7 @@ class Ours:
     def __init__(self, pair: Pair, drafter: DraftModel | None, num_draft_tokens: DraftLength, prompts: Prompts) -> None:
         self.num_draft_tokens = num_draft_tokens
         chunk = PREFILL_CHUNK if is_prefilled_together(prompts) else EngineConfig().prefill_chunk
-        self._max_context = pair.max_context
+        self._max_context, self._drafter = pair.max_context, drafter
         self._engine = Engine(pair.target, drafter if num_draft_tokens else None, EngineConfig(
             num_draft_tokens=num_draft_tokens, prefill_chunk=chunk, prefix_tokens=0, max_rows=len(prompts)),
             pair.round_costs)
@@ -103,6 +104,8 @@ class Ours:
         for request in requests:
             self._engine.submit(request)
         row = {request.id: i for i, request in enumerate(requests)}
+        if isinstance(self._drafter, ReplayDrafter):
+            self._drafter.order = lambda: [row[request.id] for request in self._engine.decoding]
         self.stats = ()
         while not self._engine.is_idle:
             yield [(row[event.request.id], token) for event in self._engine.step() for token in event.tokens]

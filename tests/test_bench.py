@@ -20,7 +20,7 @@ from bench.bandwidth import Bandwidth
 from bench.measure import Difference, Spread, Tokens, clocked, difference
 from bench.prompts import KINDS, RAGGED, RANDOM, prompts
 from bench.record import SCHEMA, Agreement, CellResult, Record, RunnerResult, Split, cell_lines
-from bench.replay import replayed_drafts
+from bench.replay import ReplayDrafter, replayed_drafts
 from bench.runners import Drafting, DraftLength, Ours, Prompts, Runner
 from bench.sweep import NoPeers, Sweep, SweepConfig
 from mlx_mtp import Pair, demo
@@ -223,6 +223,17 @@ def walked(config: SweepConfig, lengths: list[int]) -> list[float]:
             counts.append(ahead.index(False) if False in ahead else len(ahead))
             newest += counts[-1] + 1
     return [sum(count > i for count in counts) / len(counts) for i in range(max(counts))]
+
+
+def test_a_replay_stays_with_its_row_when_others_end_before_it(pair: Pair) -> None:
+    tokens, batch = 40, prompts(pair, RANDOM, 3, 0)
+    plain = Ours(pair, None, 0, batch)
+    texts = clocked(3, tokens, plain.steps(batch, tokens)).texts
+    known = replayed_drafts([[*prompt, *text] for prompt, text in zip(batch, texts, strict=True)], 1.0, 10_000)
+    known[1:, : len(batch[0]) + tokens // 2] = 0  # the first row ends while the others still have nothing right
+    assert pair.drafter is not None
+    rounds = list(Ours(pair, ReplayDrafter(pair.drafter, known), 3, batch).steps(batch, tokens))
+    assert len(rounds) <= tokens // 2 + tokens // 2 / 4 + 5
 
 
 def test_only_the_time_in_which_all_rows_decode_counts(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -155,6 +155,20 @@ def timed(costs: RoundCosts, k: int, seconds: float) -> None:
     costs.observe(1, k, seconds)
 
 
+def test_a_machine_that_slows_down_does_not_make_the_k_that_ran_look_dear() -> None:
+    costs = RoundCosts()
+    for _ in range(6):
+        timed(costs, 0, 1.0)
+        timed(costs, 3, 1.5)
+    for _ in range(60):
+        timed(costs, 3, 1.5 * 1.4)
+    plain, *_, drafted = costs.seconds(1, 3)
+    assert drafted == pytest.approx(2.1, rel=0.03)
+    assert plain == pytest.approx(1.4, rel=0.03)
+    timed(costs, 3, 21.0)  # a disturbance is no pace
+    assert costs.seconds(1, 3)[0] == pytest.approx(1.4, rel=0.07)
+
+
 def test_an_unknown_cost_is_drawn_through_the_known_ones_and_never_falls() -> None:
     costs = RoundCosts()
     assert not costs.is_known

@@ -105,8 +105,12 @@ class Engine:
         return self._scheduler.is_idle
 
     @property
+    def decoding(self) -> Sequence[Request]:
+        """Requests that hold a row of the batch now, in the order of their rows."""
+        return tuple(self._scheduler.decoding)
+
+    @property
     def active_rows(self) -> int:
-        """Requests that hold a row of the batch now."""
         return len(self._scheduler.decoding)
 
     @property

@@ -26,6 +26,8 @@ LOOSE = 1.0  # observations that are kept when the task changes
 USUAL_ACCEPTANCE = 0.6
 LIFETIME = 200  # drafts after which the acceptance that a new engine begins with has mostly been learnt anew
 SAMPLES = 15  # of the cost of a round, the newest ones
+PACE_MEMORY = 8  # rounds after which the machine's pace has mostly been learnt anew
+MOST_OFF = 1.3  # times what was expected, or as much less: what a round is off by more is a disturbance, not the pace
 USUAL_STEP = 0.15
 CLIFF = 0.3
 FIRST_K = 3
@@ -134,6 +136,9 @@ class RoundCosts:
     """Seconds of a round by rows and K, as measured; they outlive requests and engines, and so does `usual_acceptance`,
     the share of first drafts that were right, which a new engine begins with.
 
+    A machine's pace changes, by heat, by other programs, and with the context for all K alike. Samples are therefore
+    kept in units of the pace at their time: a K is not dear because it ran when the machine was slow.
+
     Where nothing is known, one more draft is thought to cost USUAL_STEP plain rounds. widest_block: positions of a row,
     K + 1, beyond which a round is feared to cost CLIFF plain rounds more, until it is measured.
     """
@@ -141,6 +146,7 @@ class RoundCosts:
     def __init__(self, widest_block: int | None = None) -> None:
         self.usual_acceptance = USUAL_ACCEPTANCE
         self._widest_block = widest_block
+        self._pace = 1.0
         self._begun: set[tuple[int, int]] = set()
         self._samples: dict[int, dict[int, deque[float]]] = {}
         self._curves: dict[tuple[int, int], list[float]] = {}
@@ -155,7 +161,11 @@ class RoundCosts:
         self._begun.add((rows, num_draft_tokens))
         if seconds is None or is_first:
             return
-        self._samples.setdefault(rows, {}).setdefault(num_draft_tokens, deque(maxlen=SAMPLES)).append(seconds)
+        samples = self._samples.setdefault(rows, {}).setdefault(num_draft_tokens, deque(maxlen=SAMPLES))
+        if len(samples) >= WELL_TIMED:
+            off = seconds / (self._pace * _typical(samples))
+            self._pace *= min(max(off, 1 / MOST_OFF), MOST_OFF) ** (1 / PACE_MEMORY)
+        samples.append(seconds / self._pace)
         self._curves.clear()
 
     def accept(self, accepted: Sequence[int]) -> None:
@@ -170,13 +180,14 @@ class RoundCosts:
         """Of K = 0, 1, ..., longest: measured, or drawn through what is, at the nearest width. Something `is_known`."""
         if (rows, longest) not in self._curves:
             known = self._known(min(self._samples, key=lambda width: (abs(width - rows), width)))
-            self._curves[rows, longest] = [self._between(known, k) for k in range(longest + 1)]
+            self._curves[rows, longest] = [self._pace * self._between(known, k) for k in range(longest + 1)]
         return self._curves[rows, longest]
 
     def to_json(self) -> dict[str, dict[str, float]]:
         """Rows -> K -> seconds, of what is well timed."""
         return {
-            str(rows): {str(k): _typical(samples) for k, samples in by_k.items() if len(samples) >= WELL_TIMED}
+            str(rows): {str(k): self._pace * _typical(samples) for k, samples in by_k.items()
+                        if len(samples) >= WELL_TIMED}
             for rows, by_k in self._samples.items()
         }
 
