@@ -12,7 +12,7 @@ from support import GOLDENS, KINDS, decode, golden_pair, new_cache, relative_err
 from mlx_mtp import ConfigError, device
 from mlx_mtp.checkpoint.loader import load_drafter, load_target, materialize
 from mlx_mtp.config import SamplingParams
-from mlx_mtp.models import layers
+from mlx_mtp.models import vector_math
 from mlx_mtp.spec_decode.loop import DecodeState, decode_round, first_token, prefill_chunk
 from mlx_mtp.spec_decode.sampler import Sampler
 
@@ -97,7 +97,7 @@ def test_the_gpu_path_of_every_twin_gives_the_same_text(monkeypatch: pytest.Monk
     for kind in ("edge", "dense"):
         target, drafter = golden_pair(kind)
         expected[kind] = decode(target, drafter, [[2, 5, 9] * 12, [2, 8]], [SamplingParams(30)] * 2, 3)
-    monkeypatch.setattr(layers, "is_gpu", lambda: True)
+    monkeypatch.setattr(vector_math, "is_gpu", lambda: True)
     for kind, requests in expected.items():
         target, drafter = golden_pair(kind)
         again = decode(target, drafter, [[2, 5, 9] * 12, [2, 8]], [SamplingParams(30)] * 2, 3)
