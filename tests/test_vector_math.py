@@ -1,4 +1,4 @@
-"""tanh and softmax agree with float64 to the last bits of float32, also where they are flat, and at the ends."""
+"""tanh agrees with float64 to the last bits of float32, also where it is flat, and at the ends."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 from mlx_mtp.models import vector_math
 from mlx_mtp.models.layers import geglu, softcap
-from mlx_mtp.models.vector_math import lacks_fast_kernels, softmax, tanh
+from mlx_mtp.models.vector_math import lacks_fast_kernels, tanh
 
 INFINITY = math.inf
 
@@ -18,10 +18,6 @@ INFINITY = math.inf
 @pytest.fixture
 def twins(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vector_math, "lacks_fast_kernels", lambda x: True)
-
-
-def random(*shape: int, scale: float) -> mx.array:
-    return mx.array(np.random.default_rng(0).normal(0, scale, shape), mx.float32)
 
 
 def exact(x: mx.array) -> np.ndarray:
@@ -49,24 +45,3 @@ def test_a_gate_far_below_zero_lets_nothing_through() -> None:
     huge = mx.array([-1e4, 1e4])
     assert geglu(huge, mx.ones(2)).tolist() == [0, 1e4]
     assert softcap(huge, 30.0).tolist() == [-30, 30]
-
-
-@pytest.mark.usefixtures("twins")
-@pytest.mark.parametrize("scale", [0.01, 1, 30])
-def test_softmax_is_right_to_the_last_bits(scale: float) -> None:
-    scores = random(4, 4, 8, 200, scale=scale)
-    scores = mx.where(mx.arange(200) % 7 == 3, -INFINITY, scores)
-    below = exact(scores) - exact(scores).max(axis=-1, keepdims=True)
-    expected = np.exp(below) / np.exp(below).sum(axis=-1, keepdims=True)
-    got, rounding = exact(softmax(scores)), 2.0**-23
-    of_the_sum, of_the_power = 10 * rounding, rounding * np.minimum(-below, 80)
-    assert (np.abs(got - expected) <= (of_the_sum + of_the_power) * expected + 1e-30).all()
-    assert (got[..., 3::7] < 1e-37).all()
-
-
-@pytest.mark.usefixtures("twins")
-def test_softmax_depends_neither_on_the_level_nor_on_how_many_rows_there_are() -> None:
-    scores = mx.round(random(64, 1000, scale=8))
-    assert mx.array_equal(softmax(scores), softmax(scores + 4096)).item()
-    assert mx.array_equal(softmax(scores)[3:4], softmax(scores[3:4])).item()
-    assert mx.isnan(softmax(mx.where(mx.arange(1000) == 7, math.nan, scores))).all().item()
