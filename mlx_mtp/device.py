@@ -3,12 +3,33 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import mlx.core as mx
 
 WORKING_SPACE = 0.05  # of the device's memory: activations, logits, masks
+MOST_LANES = 4
+
+
+def _cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+
+
+# Handles only: MLX starts a queue's thread when it first gets work.
+_SIDE_LANES = tuple(mx.new_thread_local_stream(mx.cpu) for _ in range(min(_cores(), MOST_LANES) - 1))
+
+
+def side_lanes() -> tuple[mx.ThreadLocalStream, ...]:
+    """Queues whose work runs beside that of the default one: on a CPU one for each further core, on a GPU none.
+
+    MLX runs a CPU queue's operations one after the other, most of them on one core: what is independent can be shared
+    out. A GPU needs no such help.
+    """
+    return () if is_gpu() else _SIDE_LANES
+
 
 def is_gpu() -> bool:
     """Whether the default device is a GPU. A Mac has one and can still be told to use its CPU."""

@@ -26,10 +26,11 @@ from mlx_mtp.models.expert_calibration import (
     Shape,
     candidates,
     choose_dispatch,
+    entry_key,
     kernel_is_sound,
     measure,
 )
-from mlx_mtp.models.expert_dispatch import ALL, GATHER, KERNEL, SORTED, default_plan, dispatch
+from mlx_mtp.models.expert_dispatch import ALL, GATHER, KERNEL, SORTED, SPLIT, default_plan, dispatch
 from mlx_mtp.models.moe import SwitchGLU
 
 SHAPE = Shape(hidden_size=32, num_experts=8, top_k=2, dtype=mx.float32)
@@ -131,10 +132,23 @@ def test_a_plan_leaves_the_default_only_for_what_is_clearly_faster() -> None:
     assert plan.strategy(4) == "grouped-4"
 
 
+@pytest.fixture(autouse=True)
+def _two_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(expert_calibration, "side_lanes", lambda: (mx.new_thread_local_stream(mx.cpu),))
+
+
+def test_sharing_out_among_cores_is_tried_only_where_there_are_some(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert SPLIT in candidates(SHAPE, 2, PORTABLE)
+    key = entry_key(layer(), SHAPE, False)
+    monkeypatch.setattr(expert_calibration, "side_lanes", lambda: ())
+    assert SPLIT not in candidates(SHAPE, 2, PORTABLE)
+    assert entry_key(layer(), SHAPE, False) != key
+
+
 def test_few_routes_are_not_tried_on_tall_tiles_or_all_experts() -> None:
     few, many = candidates(SHAPE, 2, PORTABLE), candidates(SHAPE, 128, PORTABLE)
     assert few[0] == default_plan().strategy(2)
-    assert set(few) == {GATHER, SORTED, "grouped-4"}
+    assert set(few) == {GATHER, SORTED, SPLIT, "grouped-4"}
     assert set(many) == set(PORTABLE)
     assert ALL not in candidates(Shape(32, 128, 8, mx.float32), 512, PORTABLE)
 

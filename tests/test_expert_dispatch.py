@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 from routings import HIDDEN, ROUTINGS, SETTINGS, Routing, uniform
 
+from mlx_mtp.models import expert_dispatch
 from mlx_mtp.models.expert_dispatch import (
     ALL,
     GATHER,
     GROUPED,
     SORTED,
+    SPLIT,
     DispatchPlan,
     default_plan,
     dispatch,
@@ -22,7 +24,7 @@ from mlx_mtp.models.expert_dispatch import (
 from mlx_mtp.models.expert_statistics import RoutingCounter
 from mlx_mtp.models.moe import QuantizedExpertLinear, SwitchGLU
 
-PORTABLE = (GATHER, SORTED, *GROUPED, ALL)
+PORTABLE = (GATHER, SORTED, SPLIT, *GROUPED, ALL)
 
 
 def matrices(glu: SwitchGLU) -> list[np.ndarray]:
@@ -79,6 +81,28 @@ def test_counts_that_no_tile_divides_are_right_too(routes: int) -> None:
     for strategy in PORTABLE:
         got = dispatch(strategy, mx.array(x), mx.array(chosen, mx.uint32), layer.mlp)
         assert np.abs(np.array(got) - expected).max() <= 1e-5 * np.abs(expected).max(), strategy
+
+
+@pytest.mark.parametrize("lanes", [0, 1, 3])
+@pytest.mark.parametrize("routes", [1, 2, 7, 64])
+def test_routes_shared_out_among_queues_keep_every_bit(
+    glu: SwitchGLU, lanes: int, routes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream, queues = mx.stream, [mx.new_thread_local_stream(mx.cpu) for _ in range(lanes)]
+    used: list[object] = []
+
+    def noted(lane: mx.ThreadLocalStream) -> mx.StreamContext:
+        used.append(lane)
+        return stream(lane)
+
+    rng = np.random.default_rng(routes)
+    x, chosen = rng.normal(size=(routes, HIDDEN)).astype(np.float32), rng.integers(0, 16, (routes, 1))
+    given = mx.array(x), mx.array(chosen, mx.uint32), glu.mlp
+    monkeypatch.setattr(expert_dispatch, "side_lanes", lambda: queues)
+    monkeypatch.setattr(mx, "stream", noted)
+    split = np.array(dispatch(SPLIT, *given))
+    assert used == queues
+    assert np.array_equal(split, np.array(dispatch(SORTED, *given)))
 
 
 def test_a_layer_follows_its_plan(monkeypatch: pytest.MonkeyPatch) -> None:

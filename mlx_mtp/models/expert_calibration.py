@@ -19,7 +19,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_mtp.calibration import CalibrationFile, machine
-from mlx_mtp.device import is_gpu
+from mlx_mtp.device import is_gpu, side_lanes
 from mlx_mtp.models import expert_kernel
 from mlx_mtp.models.expert_dispatch import (
     ALL,
@@ -27,6 +27,7 @@ from mlx_mtp.models.expert_dispatch import (
     GROUPED,
     KERNEL,
     SORTED,
+    SPLIT,
     DispatchPlan,
     default_plan,
     dispatch,
@@ -39,7 +40,7 @@ LOG = logging.getLogger(__name__)
 
 DECODE_TOKENS = (1, 2, 4, 8, 16, 32, 64)  # up to 8 rows of 7 drafts and a bonus token; what is between is interpolated
 # In the order of their promise, for time may not reach the last.
-PORTABLE = (SORTED, *(GROUPED[i] for i in (2, 1, 0, 3)), ALL, GATHER)
+PORTABLE = (SPLIT, SORTED, *(GROUPED[i] for i in (2, 1, 0, 3)), ALL, GATHER)
 ALL_EXPERTS_FROM = 1 / 4  # top_k of all experts: with less, running all of them is mostly waste
 FILL_OF_TILES = 2  # tiles of more than so many times the routes an expert gets would be mostly empty
 BUDGET = 2.0  # seconds for all measurements
@@ -144,7 +145,7 @@ def entry_key(layer: SwitchGLU, shape: Shape, has_kernel: bool) -> str:
     width = layer.down_proj.weight.shape[1]
     return (f"experts: {machine()}, {shape.num_experts} experts, top {shape.top_k}, {shape.hidden_size} -> "
             f"{layer.gate_proj.weight.shape[1]} -> {width}, {gate}, {down}, {shape.dtype}"
-            + (", kernel" if has_kernel else ""))
+            + (f", {len(side_lanes())} side lanes" if side_lanes() else "") + (", kernel" if has_kernel else ""))
 
 
 def _format(matrix: Any) -> str:
@@ -268,6 +269,8 @@ def candidates(shape: Shape, routes: int, strategies: Iterable[str]) -> list[str
     def has_a_chance(name: str) -> bool:
         if name == ALL:
             return routes >= shape.num_experts and shape.top_k >= ALL_EXPERTS_FROM * shape.num_experts
+        if name == SPLIT:
+            return bool(side_lanes())
         if name in GROUPED:
             return name == GROUPED[0] or tile_height(name) <= FILL_OF_TILES * routes / shape.num_experts
         return True

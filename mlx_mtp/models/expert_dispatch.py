@@ -5,6 +5,7 @@ reading experts' weights, and the ways differ in how often an expert is read:
 
     gather       once for each of its routes
     sorted       likewise, but equal experts are neighbours, so that a cache or a smart kernel can help
+    split        as sorted, the routes shared out among a CPU's cores: one such product keeps only one of them busy
     grouped-m    once for every m of its routes, which become a tile of m rows
     all          once, and every expert runs every token
     kernel       as grouped-8, in a Metal kernel of our own that spends nothing on unfilled tiles or rows
@@ -17,18 +18,20 @@ different orders. So a plan that was measured anew can, rarely, turn a near-tie 
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import mlx.core as mx
 
-from mlx_mtp.device import is_gpu
+from mlx_mtp.device import is_gpu, side_lanes
 from mlx_mtp.models.expert_kernel import TILE_ROWS, PackedMatrix, gate_up_kernel, product_kernel
 from mlx_mtp.models.layers import geglu
 
-GATHER, SORTED, ALL, KERNEL = "gather", "sorted", "all", "kernel"
+GATHER, SORTED, SPLIT, ALL, KERNEL = "gather", "sorted", "split", "all", "kernel"
 GROUPED = tuple(f"grouped-{rows}" for rows in (4, 8, 16, 32))
-STRATEGIES = (GATHER, SORTED, *GROUPED, ALL, KERNEL)
+STRATEGIES = (GATHER, SORTED, SPLIT, *GROUPED, ALL, KERNEL)
 
 # Where sorting begins to pay without anyone having measured: on Metal it is what MLX's own kernels make use of.
 SORT_FROM_ROUTES_GPU, SORT_FROM_ROUTES_CPU = 64, 32
@@ -86,7 +89,9 @@ def dispatch(strategy: str, x: mx.array, chosen: mx.array, mlp: ExpertMLP) -> mx
     if strategy == GATHER:
         out = _gather(x, chosen, mlp)
     elif strategy == SORTED:
-        out = _sorted(x, chosen, mlp)
+        out = _sorted(x, chosen, mlp, ())
+    elif strategy == SPLIT:
+        out = _sorted(x, chosen, mlp, side_lanes())
     elif strategy == ALL:
         out = _all_experts(x, chosen, mlp)
     elif strategy == KERNEL:
@@ -105,12 +110,20 @@ def _gather(x: mx.array, chosen: mx.array, mlp: ExpertMLP) -> mx.array:
     return mlp.down(geglu(mlp.gate(rows, chosen, False), mlp.up(rows, chosen, False)), chosen, False)
 
 
-def _sorted(x: mx.array, chosen: mx.array, mlp: ExpertMLP) -> mx.array:
+def _sorted(x: mx.array, chosen: mx.array, mlp: ExpertMLP, lanes: Sequence[mx.ThreadLocalStream]) -> mx.array:
+    """lanes: queues that take a share of the routes each, beside the default one. They change no bit."""
     flat, top_k = chosen.flatten(), chosen.shape[1]
     order = mx.argsort(flat)
     experts, rows = flat[order], x[order // top_k].reshape(flat.size, 1, -1)
-    out = mlp.down(geglu(mlp.gate(rows, experts, True), mlp.up(rows, experts, True)), experts, True)
-    return out[mx.argsort(order)]
+    share = -(-flat.size // (1 + len(lanes)))
+    queues: list[AbstractContextManager[object]] = [nullcontext(), *map(mx.stream, lanes)]
+    out = []
+    for queue, start in zip(queues, range(0, flat.size, share), strict=False):
+        with queue:
+            some, chosen_by = rows[start : start + share], experts[start : start + share]
+            hidden = geglu(mlp.gate(some, chosen_by, True), mlp.up(some, chosen_by, True))
+            out.append(mlp.down(hidden, chosen_by, True))
+    return mx.concatenate(out)[mx.argsort(order)]
 
 
 def _all_experts(x: mx.array, chosen: mx.array, mlp: ExpertMLP) -> mx.array:
