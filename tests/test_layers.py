@@ -60,6 +60,17 @@ def gelu_tanh(x: np.ndarray) -> np.ndarray:
     return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
 
 
+@pytest.mark.parametrize("has_weight", [True, False])
+@pytest.mark.usefixtures("twins")
+def test_a_row_normed_among_many_keeps_every_bit_that_it_has_alone(has_weight: bool) -> None:
+    many = random(64, 512, scale=3.0)
+    assert 512 <= layers.ONE_KERNEL < many.size
+    weight = random(512, seed=1) if has_weight else None
+    together = np.array(rms_norm(many, weight, EPS))
+    alone = np.concatenate([np.array(rms_norm(many[i : i + 1], weight, EPS)) for i in range(64)])
+    assert np.array_equal(together, alone)
+
+
 @pytest.mark.parametrize("shape", [(1, 8), (5, 64), (2, 3, 4, 256)])
 @pytest.mark.parametrize("scale", [1e-4, 1.0, 100.0])
 @pytest.mark.usefixtures("twins")

@@ -33,14 +33,28 @@ def softcap(logits: mx.array, cap: float | None) -> mx.array:
     return logits if cap is None else _softcap(logits, mx.array(cap, logits.dtype))
 
 
+ONE_KERNEL = 4096  # numbers up to which a norm in one kernel is faster, although it takes the root for each of them
+
+
 def rms_norm(x: mx.array, weight: mx.array | None, eps: float) -> mx.array:
     """x / sqrt(mean(x^2) + eps) * weight over the last axis, in float32 inside."""
     if not lacks_fast_kernels(x):
         return mx.fast.rms_norm(x, weight, eps)
-    squares, width = mx.square(x).sum(axis=-1, keepdims=True), mx.array(x.shape[-1], mx.float32)
-    if weight is None:
-        return _normalize(x, squares, width, mx.array(eps))
-    return _normalize_and_scale(x, squares, width, mx.array(eps), weight)
+    given = mx.square(x).sum(axis=-1, keepdims=True), mx.array(x.shape[-1], mx.float32), mx.array(eps)
+    if x.size > ONE_KERNEL:  # the same bits either way
+        factor = _inverse_root(*given)
+        return x * factor if weight is None else _scale(x, factor, weight)
+    return _normalize(x, *given) if weight is None else _normalize_and_scale(x, weight, *given)
+
+
+@fused
+def _inverse_root(squares: mx.array, width: mx.array, eps: mx.array) -> mx.array:
+    return mx.rsqrt(squares / width + eps)
+
+
+@fused
+def _scale(x: mx.array, factor: mx.array, weight: mx.array) -> mx.array:
+    return x * factor * weight
 
 
 @fused
@@ -50,7 +64,7 @@ def _normalize(x: mx.array, squares: mx.array, width: mx.array, eps: mx.array) -
 
 @fused
 def _normalize_and_scale(
-    x: mx.array, squares: mx.array, width: mx.array, eps: mx.array, weight: mx.array
+    x: mx.array, weight: mx.array, squares: mx.array, width: mx.array, eps: mx.array
 ) -> mx.array:
     return x * mx.rsqrt(squares / width + eps) * weight
 
