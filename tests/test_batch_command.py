@@ -19,6 +19,7 @@ import pytest
 import mlx_mtp
 from mlx_mtp import api, demo
 from mlx_mtp.generate import main
+from mlx_mtp.progress import SECONDS
 
 ROOT = Path(__file__).parent.parent
 PROMPTS = ["Explain `os.path.join`.", "Hello", "What is in the module `re`?", "Explain `bisect.insort`.", "Bye", "Why?"]
@@ -270,6 +271,13 @@ def test_answers_that_were_interrupted_are_not_taken_for_finished(
     assert f"error: {output}:{finished.index(False) + 1} is not the answer" in capsys.readouterr().err
 
 
+def slowly(*arguments: Any, real: Callable[..., Iterator[api.Segment]] = api.stream_requests) -> Iterator[api.Segment]:
+    """The real decoding, with a pause after each segment that is long enough for what has come to be drawn."""
+    for segment in real(*arguments):
+        yield segment
+        time.sleep(SECONDS)
+
+
 class StoppedAfter:
     """The real decoding, and what happens after some segments of it."""
 
@@ -362,7 +370,7 @@ def test_a_terminal_shows_what_is_done_and_is_left_clean(
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "120")
     monkeypatch.setattr(sys, "stderr", Terminal())
-    monkeypatch.setattr(api, "stream_requests", StoppedAfter(12, lambda: time.sleep(0.15)))  # it is drawn at 10 Hz
+    monkeypatch.setattr(api, "stream_requests", slowly)  # else how far it is when it is drawn is up to the machine
     assert run(prompts, "--verbose", "T", output=tmp_path / "out.jsonl") == 0
     shown = sys.stderr.getvalue()
     with pytest.raises(AssertionError, match=r"\n?\x1b.*[1-5]/6, \d rows?, [0-9.]+ tok/s, \d\.\d\d tokens a round"):
