@@ -21,6 +21,9 @@ from golden_sensitivity import check_sensitivity
 from safetensors.torch import load_file, save_file
 
 HERE = Path(__file__).resolve().parent
+# PyTorch takes other vector code on other processors: its own float32 results differed by up to 4e-6 of the largest
+# value between an Intel Xeon and an AMD EPYC. The tests hold this package to 2e-5 of the same files.
+TOLERANCE = 1e-5
 TRANSFORMERS_VERSION = "5.22.2"
 
 
@@ -88,10 +91,15 @@ def differences(committed: Path, made: Path, tolerance: float) -> list[str]:
 def tensor_differences(
     name: str, old: dict[str, torch.Tensor], new: dict[str, torch.Tensor], tolerance: float
 ) -> list[str]:
-    """The tensors of two files that differ in name, dtype, shape or value; infinities must be in the same places."""
+    """The tensors of two files that differ in name, dtype, shape or value; infinities must be in the same places.
+
+    Values may differ by `tolerance` of a tensor's largest one, gaps between two logits by that of the largest logit.
+    """
     if old.keys() != new.keys():
         return [f"{name}: tensor names differ: {sorted(old.keys() ^ new.keys())}"]
     problems = []
+    logits = [value for key, value in old.items() if key.startswith("target.") and key.endswith(".logits")]
+    largest_logit = max(map(largest, logits), default=0.0)
     for key, old_value in old.items():
         new_value = new[key]
         if old_value.shape != new_value.shape or old_value.dtype != new_value.dtype:
@@ -102,10 +110,15 @@ def tensor_differences(
             continue
         finite = old_value.isfinite() & new_value.isfinite()
         change = (old_value[finite].double() - new_value[finite].double()).abs().max()
-        relative = float(change / old_value[finite].double().abs().max())
+        relative = float(change) / (largest_logit if key.endswith("min_gap") else largest(old_value))
         if relative > tolerance or not torch.equal(old_value[~finite], new_value[~finite]):
             problems.append(f"{name}: {key}: relative difference {relative:.2g}")
     return problems
+
+
+def largest(tensor: torch.Tensor) -> float:
+    """The largest finite absolute value."""
+    return float(tensor[tensor.isfinite()].double().abs().max())
 
 
 def main() -> int:
@@ -113,7 +126,7 @@ def main() -> int:
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--check", action="store_true", help="compare instead of writing")
     mode.add_argument("--sensitivity", action="store_true", help="make mistakes on purpose and require that they show")
-    parser.add_argument("--tolerance", type=float, default=1e-6, help="of --check, of a tensor's largest value")
+    parser.add_argument("--tolerance", type=float, default=TOLERANCE, help="of --check, of a tensor's largest value")
     arguments = parser.parse_args()
     if transformers.__version__ != TRANSFORMERS_VERSION:
         parser.error(f"got transformers {transformers.__version__}, the goldens are defined by {TRANSFORMERS_VERSION}")
