@@ -4,8 +4,8 @@
     python -m bench.experts --experts 32 --widths 512x1024   one shape
     python -m bench.experts --reads                          how often experts are read, not how long it takes
 
-Float32 on CPU unless MLX has a GPU. On Linux preload OpenBLAS (see the README): with the reference BLAS a product of m
-rows takes m times as long as one of a row, and there is nothing to share.
+Float32 on CPU unless MLX has a GPU. On Linux it starts again with OpenBLAS: with the reference BLAS a product of m rows
+takes m times as long as one of a row, and there is nothing to share.
 
 Both run in turn, the first one alternating. The ratio that counts is that of their fastest runs, since anything else
 that the machine does slows products of many rows on all cores more than it slows single rows; the median of the pairs'
@@ -25,6 +25,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from bench import blas
 from bench.card import environment_card
 from mlx_mtp.config import ExpertsConfig
 from mlx_mtp.models.expert_calibration import DECODE_TOKENS, PORTABLE, Shape, measure, random_pass
@@ -133,6 +134,7 @@ def main() -> None:
     cli.add_argument("--bits", type=int, nargs="+", default=[0], help="0 is float32; 4 and 8 by groups of 64")
     cli.add_argument("--seconds", type=float, default=0.5, help="a count of routes")
     cli.add_argument("--reads", action="store_true", help="count reads only")
+    blas.add_flag(cli)
     args = cli.parse_args()
     if args.reads:
         print_reads()
@@ -148,4 +150,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    blas.prefer_openblas()
     main()

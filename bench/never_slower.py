@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import mlx_mtp
+from bench import blas
 from bench.card import environment_card, print_card
 from bench.prompts import RANDOM, random_prompts
 from bench.replay import ReplayDrafter, replayed_drafts
@@ -110,6 +111,7 @@ def main() -> None:
     cli.add_argument("folder", nargs="?", default="demo")
     cli.add_argument("--rows", type=int, nargs="+", default=[1, 4, 8])
     cli.add_argument("--acceptance", type=float, nargs="+", default=[0.0, 0.2, 0.4, 0.6, 0.8, 1.0])
+    blas.add_flag(cli)
     args = cli.parse_args()
     pair = mlx_mtp.load(None if args.folder == "demo" else args.folder)
     print_card(environment_card())
@@ -123,4 +125,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    blas.prefer_openblas()
     main()

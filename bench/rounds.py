@@ -18,6 +18,7 @@ from pathlib import Path
 import mlx.core as mx
 
 import mlx_mtp
+from bench import blas
 from bench.card import environment_card, print_card
 from bench.prompts import RANDOM, random_prompts
 from mlx_mtp import Pair
@@ -127,6 +128,7 @@ def main() -> None:
     cli.add_argument("--runs", type=int, default=8)
     cli.add_argument("--rows", type=int, nargs="+", default=[1, 4, 8])
     cli.add_argument("--num-draft-tokens", type=int, nargs="+", default=[0, 3, 5])
+    blas.add_flag(cli)
     args = cli.parse_args()
     pair = mlx_mtp.load(args.folder / "target", max_context=8192)
     print_card(environment_card())
@@ -139,4 +141,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    blas.prefer_openblas()
     main()

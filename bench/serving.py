@@ -22,6 +22,7 @@ from collections.abc import Callable
 import mlx.core as mx
 
 import mlx_mtp
+from bench import blas
 from bench.card import environment_card
 from mlx_mtp import Pair
 from mlx_mtp.config import EngineConfig, SamplingParams
@@ -156,6 +157,7 @@ def main() -> None:
     cli = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     cli.add_argument("folder")
     cli.add_argument("what", choices=["stall", "prefix", "mixed", "soak"])
+    blas.add_flag(cli)
     args = cli.parse_args()
     pair = mlx_mtp.load(None if args.folder == "demo" else args.folder)
     for key, value in environment_card().items():
@@ -164,4 +166,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    blas.prefer_openblas()
     main()

@@ -28,12 +28,12 @@ def default_path() -> Path:
 
 
 def machine() -> str:
-    """What every figure depends on: the device, MLX's version, and a BLAS that was preloaded on a CPU."""
+    """What every figure depends on: the device, MLX's version, and a CPU's preloaded BLAS with its kernels."""
     from importlib.metadata import version  # it imports a mail parser: only those who calibrate pay for it
 
-    preloaded = "" if is_gpu() else os.environ.get("LD_PRELOAD", "")
+    blas = [] if is_gpu() else [os.environ.get(name, "") for name in ("LD_PRELOAD", "OPENBLAS_CORETYPE")]
     parts = [str(mx.device_info().get("device_name", "unknown device")), mx.default_device().type.name,
-             f"mlx {version('mlx')}", preloaded]
+             f"mlx {version('mlx')}", *blas]
     return ", ".join(part for part in parts if part)
 
 

@@ -347,3 +347,36 @@ def test_the_bench_starts_itself_again_with_openblas_at_most_once(
     assert blas.restart_environment(environment, library) is None
     assert blas.restart_environment({blas.CHOICE: "reference"}, library) is None
     assert blas.restart_environment({}, None) is None
+
+
+def test_an_openblas_older_than_the_processor_is_told_which_kernels_to_take(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    features = "flags\t\t: fpu sse3 avx2 avx512f avx512vl"
+    assert blas.better_core("Prescott", features) == "SkylakeX"
+    assert blas.better_core("Prescott", "flags : avx2") == "Haswell"
+    assert blas.better_core("Prescott", "flags : sse3") is None
+    assert blas.better_core("Zen", features) is None
+
+    monkeypatch.setattr(blas, "is_openblas", lambda: False)
+    monkeypatch.setattr(blas, "products_use_blas", lambda: True)
+    monkeypatch.setattr(blas, "core", lambda library: "Prescott")
+    monkeypatch.setattr(blas, "_features", lambda: features)
+    started = blas.restart_environment({}, tmp_path)
+    assert started is not None
+    assert started[blas.CORE] == "SkylakeX"
+    started = blas.restart_environment({blas.CORE: "Haswell"}, tmp_path)
+    assert started is not None
+    assert started[blas.CORE] == "Haswell"  # the user's word stands
+
+    monkeypatch.setattr(blas, "is_openblas", lambda: True)  # preloaded by hand
+    preloaded = {"LD_PRELOAD": "libblas.so.3"}
+    assert blas.restart_environment(preloaded, tmp_path) == {
+        **preloaded, blas.CORE: "SkylakeX", blas.CHOICE: "openblas"}
+    assert blas.restart_environment({**preloaded, blas.CORE: "Prescott"}, tmp_path) is None
+
+
+def test_a_library_that_is_not_openblas_has_no_core_to_tell(tmp_path: Path) -> None:
+    library = tmp_path / "libblas.so.3"
+    library.write_bytes(b"no library")
+    assert blas.core(library) == "an unknown processor"
