@@ -21,6 +21,8 @@ COSTS: dict[str, Cost] = {
     "every row costs": lambda rows, k: 0.15 + 0.85 * (k + 1) + 0.1 * k,
     "cliff above K = 3": lambda rows, k: 1 + 0.1 * k + 0.6 * (k > 3),
     "experts read again": lambda rows, k: 1 + 0.45 * k,
+    "experts read again up to K = 3": lambda rows, k: 1 + 0.45 * min(k, 3) + 0.05 * k,
+    "the first draft costs most": lambda rows, k: 1 + 0.35 * (k > 0) + 0.08 * k,
 }
 
 
@@ -125,12 +127,12 @@ def test_disturbed_timings_do_not_park_it_at_a_bad_k() -> None:
     assert speed(simulated.chosen[64:], COSTS["memory-bound"], 1, 0.8) >= 0.93 * best
 
 
-def test_costs_outlive_a_request_so_that_the_next_needs_no_first_look() -> None:
+def test_costs_outlive_a_request_so_that_the_next_need_not_try_plain_decoding() -> None:
     costs = RoundCosts()
     first = Machine(AdaptiveLength(LONGEST, costs), COSTS["memory-bound"], 1, random.Random(0))
     for _ in range(100):
         first.round(1.0)
-    assert first.chosen[:4].count(0) == 2
+    assert first.chosen.count(0) >= 2
     second = Machine(AdaptiveLength(LONGEST, costs), COSTS["memory-bound"], 1, random.Random(1))
     for _ in range(20):
         second.round(1.0)
@@ -143,7 +145,7 @@ def test_what_was_accepted_before_is_what_a_new_engine_begins_with() -> None:
     for acceptance in (0.1, 0.9):
         costs = RoundCosts()
         machine = Machine(AdaptiveLength(LONGEST, costs), COSTS["memory-bound"], 4, random.Random(0))
-        for _ in range(300):
+        for _ in range(400):
             machine.round(acceptance)
         assert abs(costs.usual_acceptance - acceptance) < 0.15
         begun[acceptance] = AdaptiveLength(LONGEST, costs).choose(4)

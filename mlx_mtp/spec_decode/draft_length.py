@@ -14,13 +14,14 @@ import statistics
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate
+from operator import mul
 from typing import Any, Protocol
 
 MEMORY = 40  # rounds after which an observation counts for 1/e
 SURPRISE = 3.0  # standard deviations from what was expected, lately, that make the past count for little
 LATELY = 6  # rounds
-FIRM = 2.0  # observations that the acceptance one position earlier counts for
+FIRM = 3.0  # observations that the acceptance one position earlier counts for
 LEAST_WEIGHT = 1.0  # observations of the first position that are never forgotten: the mean stays, less firmly
 LOOSE = 1.0  # observations that are kept when the task changes
 USUAL_ACCEPTANCE = 0.6
@@ -30,11 +31,15 @@ PACE_MEMORY = 4  # rounds after which the machine's pace has mostly been learnt 
 MOST_OFF = 1.3  # times what was expected, or as much less: what a round is off by more is a disturbance, not the pace
 USUAL_STEP = 0.15
 CLIFF = 0.3
+HOPE = 0.7  # how far an unmeasured K may undercut what is thought of it: 1 is down to the K below it that is measured
+DOUBT = 0.05  # of a timing, where there is but one
+WORTH_TRYING = 1.04  # times the best speed that is hoped for
+MOST_TRIES = 3  # of one K, in hope
+RISK = 3.0  # rounds of the best K that a round which is tried may be thought to take
 FIRST_K = 3
-FIRST_LOOKS = 3  # at a new width, at most, until K = 0 and another K are timed
 WELL_TIMED = 3  # samples
-LONG_LOOK = 3  # rounds in a row, of which two are timed even where the host is the slower one
-SOONEST_LOOK, LATEST_LOOK = 8, 48  # rounds between two looks at a neighbouring K
+LONG_LOOK = 2  # rounds in a row; where the host is the slower one, the second cannot be timed
+FIRST_WAIT, SOONEST_LOOK, LATEST_LOOK = 2, 16, 48  # rounds between two looks at another K; the first at a new width
 LOOKING = 0.01  # the share of the speed that looking may cost in the long run
 
 
@@ -91,23 +96,25 @@ class Acceptance:
 
     def observe(self, num_draft_tokens: int, accepted: Sequence[int]) -> bool:
         """Learns from a round; whether it was too surprising for what was known before."""
-        is_surprising = self._is_surprised(num_draft_tokens, accepted)
+        tried = [sum(count >= i for count in accepted) for i in range(num_draft_tokens)]
+        kept = [sum(count > i for count in accepted) for i in range(num_draft_tokens)]
+        is_surprising = self._is_surprised(tried, kept)
         if is_surprising:
             self.loosen()
         self._fade(1 - 1 / MEMORY)
         for i in range(num_draft_tokens):
-            self._tried[i] += sum(count >= i for count in accepted)
-            self._kept[i] += sum(count > i for count in accepted)
+            self._tried[i] += tried[i]
+            self._kept[i] += kept[i]
         return is_surprising
 
-    def _is_surprised(self, num_draft_tokens: int, accepted: Sequence[int]) -> bool:
-        tokens = self.expected_tokens()[: num_draft_tokens + 1]
-        reached = [after - before for before, after in pairwise(tokens)]
-        mean = sum(reached)
-        variance = sum((2 * i + 1) * share for i, share in enumerate(reached)) - mean**2
+    def _is_surprised(self, tried: Sequence[int], kept: Sequence[int]) -> bool:
+        """Counted by drafts that were reached: how many a row accepts in all varies far too much."""
         fade = 1 - 1 / LATELY
-        self._surplus = fade * self._surplus + sum(accepted) - mean * len(accepted)
-        self._variance = fade**2 * self._variance + variance * len(accepted)
+        self._surplus *= fade
+        self._variance *= fade**2
+        for rate, reached, right in zip(self._rates(), tried, kept, strict=False):
+            self._surplus += right - rate * reached
+            self._variance += rate * (1 - rate) * reached
         return abs(self._surplus) > SURPRISE * self._variance**0.5 + 0.5
 
     def loosen(self) -> None:
@@ -115,14 +122,21 @@ class Acceptance:
         self._surplus = self._variance = 0.0
         self._fade(min(1.0, LOOSE / max(self._tried, default=LOOSE)))
 
+    @property
+    def is_firm(self) -> bool:
+        """Whether enough drafts were seen lately to rely on."""
+        return bool(self._tried) and self._tried[0] >= FIRM
+
     def expected_tokens(self) -> list[float]:
         """T(K) for K = 0, 1, ..., longest."""
-        tokens, reached, before = [1.0], 1.0, USUAL_ACCEPTANCE
+        return [1.0, *(1.0 + reached for reached in accumulate(accumulate(self._rates(), mul)))]
+
+    def _rates(self) -> list[float]:
+        """Acceptance at each position, given that all before it were accepted."""
+        rates: list[float] = []
         for tried, kept in zip(self._tried, self._kept, strict=True):
-            before = (kept + FIRM * before) / (tried + FIRM) if tokens[1:] else kept / tried
-            reached *= before
-            tokens.append(tokens[-1] + reached)
-        return tokens
+            rates.append((kept + FIRM * rates[-1]) / (tried + FIRM) if rates else kept / tried)
+        return rates
 
     def _fade(self, factor: float) -> None:
         for i, tried in enumerate(self._tried):
@@ -155,6 +169,11 @@ class RoundCosts:
     def is_known(self) -> bool:
         return bool(self._samples)
 
+    @property
+    def knows_plain(self) -> bool:
+        """Whether K = 0 was measured, at any width."""
+        return any(0 in by_k for by_k in self._samples.values())
+
     def observe(self, rows: int, num_draft_tokens: int, seconds: float | None) -> None:
         """seconds: None if it could not be timed. The first round of its kind never counts: it makes new buffers."""
         is_first = (rows, num_draft_tokens) not in self._begun
@@ -182,6 +201,22 @@ class RoundCosts:
             known = self._known(min(self._samples, key=lambda width: (abs(width - rows), width)))
             self._curves[rows, longest] = [self._pace * self._between(known, k) for k in range(longest + 1)]
         return self._curves[rows, longest]
+
+    def hoped(self, rows: int, longest: int) -> list[float]:
+        """As `seconds`, but as low as may be hoped of a K that was hardly measured at this width, or not at all.
+
+        No K takes less than one with fewer drafts, nor a position less than one of a longer block.
+        """
+        known = self._known(rows) if rows in self._samples else {}
+        hoped = self.seconds(rows, longest).copy()
+        for k in range(longest + 1):
+            if k in known:
+                hoped[k] *= 1 - DOUBT / self.count(rows, k)
+            elif known:
+                fewer = [seconds for other, seconds in known.items() if other < k]
+                least = max(fewer or [seconds * (k + 1) / (other + 1) for other, seconds in known.items()])
+                hoped[k] += HOPE * min(0.0, self._pace * least - hoped[k])
+        return hoped
 
     def to_json(self) -> dict[str, dict[str, float]]:
         """Rows -> K -> seconds, of what is well timed."""
@@ -221,10 +256,11 @@ class RoundCosts:
 
 
 class AdaptiveLength:
-    """Never slower than the best fixed K for long: it hill-climbs on measured costs, and looks again when it has left.
+    """Never slower than the best fixed K for long: it climbs on measured costs, and looks again at what it has left.
 
-    A new width begins with a few rounds of K = 0 and of another K, so that both costs are known. After that the best K
-    runs, and now and then, the more seldom the more it costs, one of its neighbours. Where drafting loses, 0 is best.
+    The best K runs, as far as is known, and now and then, the more seldom the more it costs, another one: the K that
+    might be better by most, so little is known of it, or else a neighbour. So it jumps where a step would not pay, and
+    one bad timing rules no K out. Plain decoding is such a K too: where drafting loses, 0 is best.
     """
 
     def __init__(self, longest: int, costs: RoundCosts) -> None:
@@ -232,8 +268,8 @@ class AdaptiveLength:
         self._costs = costs
         self._acceptance = Acceptance(longest, costs.usual_acceptance)
         self._planned: deque[int] = deque()
-        self._first_looks: Counter[int] = Counter()  # by rows
-        self._chosen = self._heard = self._first_look_until = 0  # rounds
+        self._widths: set[int] = set()
+        self._tries: Counter[tuple[int, int]] = Counter()  # by rows and K
         self._best, self._rows = -1, 0
         self._wait = self._countdown = SOONEST_LOOK
         self._looks = 0
@@ -242,13 +278,13 @@ class AdaptiveLength:
         if rows != self._rows:
             self._planned.clear()
             self._rows, self._best = rows, -1
+            self._wait = self._countdown = SOONEST_LOOK if rows in self._widths else FIRST_WAIT
+            self._widths.add(rows)
         if not self._planned:
             self._plan(rows)
-        self._chosen += 1
         return self._planned.popleft()
 
     def observe(self, rows: int, num_draft_tokens: int, accepted: Sequence[int], seconds: float | None) -> None:
-        self._heard += 1
         if self._acceptance.observe(num_draft_tokens, accepted):
             self._wait, self._countdown = SOONEST_LOOK, 1
         if num_draft_tokens:
@@ -260,7 +296,7 @@ class AdaptiveLength:
         self._wait = self._countdown = SOONEST_LOOK
 
     def plain_seconds(self, tokens_by_rows: Mapping[int, int]) -> float | None:
-        if not self._costs.is_known:
+        if not self._costs.knows_plain:
             return None
         return sum(tokens * self._costs.seconds(rows, 0)[0] for rows, tokens in tokens_by_rows.items())
 
@@ -273,29 +309,38 @@ class AdaptiveLength:
         """Decides on the next round, or the next few."""
         speeds = self._speeds(rows) if self._costs.is_known else []
         best = max(range(len(speeds)), key=speeds.__getitem__) if speeds else min(FIRST_K, self.longest)
-        is_over = self._heard >= self._first_look_until
-        if is_over and not self._costs.count(rows, 0) and self._first_looks[rows] < FIRST_LOOKS:
-            self._first_looks[rows] += 1
-            each = 1 + self._first_looks[rows]
-            self._first_look_until = self._chosen + 2 * each
-            self._planned.extend([max(best, min(1, self.longest))] * each + [0] * each)
-            return
         if best != self._best:
             self._best = best
-            self._wait = self._countdown = SOONEST_LOOK
-        self._countdown -= 1
+            self._wait = min(self._wait, SOONEST_LOOK)
+            self._countdown = min(self._countdown, self._wait)
+        self._countdown -= best == 0 or self._acceptance.is_firm
         if self._countdown > 0 or not speeds:
             self._planned.append(best)
             return
-        neighbours = [k for k in (best + 1, best - 1) if 0 <= k <= self.longest]
-        self._looks += 1
-        look = neighbours[self._looks % len(neighbours)]
+        look = self._look(rows, best, speeds)
         loss = 1 - speeds[look] / speeds[best]
         is_dear = LONG_LOOK * loss > LOOKING * LATEST_LOOK
         rounds = 1 if is_dear and self._costs.count(rows, look) >= WELL_TIMED else LONG_LOOK
         self._planned.extend([look] * rounds)
-        self._wait = min(2 * self._wait, max(SOONEST_LOOK, int(rounds * loss / LOOKING)), LATEST_LOOK)
+        later = max(2 * self._wait, SOONEST_LOOK if best == 0 else 0)
+        self._wait = min(later, max(SOONEST_LOOK, int(rounds * loss / LOOKING)), LATEST_LOOK)
         self._countdown = self._wait
+
+    def _look(self, rows: int, best: int, speeds: Sequence[float]) -> int:
+        """The K to look at: the one that might beat the best by most, if it was hardly tried; else a neighbour."""
+        tokens, seconds = self._acceptance.expected_tokens(), self._costs.hoped(rows, self.longest)
+        thought = self._costs.seconds(rows, self.longest)
+        hopes = {k: tokens[k] / seconds[k] for k in range(self.longest + 1)
+                 if k != best and self._tries[rows, k] < MOST_TRIES and thought[k] <= RISK * thought[best]}
+        look = max(hopes, key=hopes.__getitem__, default=best)
+        if self._acceptance.is_firm and hopes.get(look, 0.0) >= WORTH_TRYING * speeds[best]:
+            self._tries[rows, look] += 1
+            return look
+        neighbours = [k for k in (best - 1, best + 1) if 0 <= k <= self.longest]
+        if 0 not in (best, *neighbours) and not self._costs.count(rows, 0):
+            neighbours.append(0)
+        self._looks += 1
+        return neighbours[self._looks % len(neighbours)]
 
 
 def _typical(samples: Sequence[float]) -> float:
