@@ -2,19 +2,21 @@
 
     python -m bench.never_slower [FOLDER] [--rows 1 4 8] [--acceptance 0 0.4 0.8 1]     FOLDER as in bench.serving
 
-What a round costs by K is measured first, in interleaved blocks as in bench.rounds. Then the engine decodes with
-"auto", cold, and the Ks it chose are priced with those costs: so a machine that is disturbed now and then may mislead
-the controller, but not this comparison. The clock's own figure stands beside it.
+What a round costs by K is measured first, replay included, in interleaved blocks as in bench.rounds. Then the engine
+decodes with "auto", cold, and the Ks it chose are priced with those costs: so a machine that is disturbed now and then
+may mislead the controller, but not this comparison. The clock's own figure stands beside it.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import statistics
 import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import mlx_mtp
 from bench import blas
@@ -26,12 +28,20 @@ from mlx_mtp import Pair
 from mlx_mtp.config import EngineConfig, SamplingParams
 from mlx_mtp.engine.engine import Engine
 from mlx_mtp.engine.request import Request
+from mlx_mtp.models.drafter import Drafter
 
 PROMPT = 48
 TOKENS = 1000  # of each text
 ROUNDS = 200
 SETTLED = 64  # rounds after which it should know
 COLD = 256  # tokens of a whole request
+
+
+def replaying(pair: Pair, known: list[list[int]], acceptance: float) -> Pair:
+    """The pair with a drafter that drafts the known texts, right with this probability."""
+    assert pair.drafter is not None
+    drafts = replayed_drafts(known, acceptance, pair.target.config.text.vocab_size)
+    return dataclasses.replace(pair, drafter=cast(Drafter, ReplayDrafter(pair.drafter, drafts)))
 
 
 def costs(pair: Pair, rows: int, runs: int = 6) -> list[float]:
@@ -90,8 +100,7 @@ def expected(acceptance: float, k: int) -> float:
 
 
 def compare(pair: Pair, rows: int, acceptance: float, known: list[list[int]], round_costs: list[float]) -> None:
-    assert pair.drafter is not None
-    drafter = ReplayDrafter(pair.drafter, replayed_drafts(known, acceptance, pair.target.config.text.vocab_size))
+    drafter = replaying(pair, known, acceptance).drafter
     engine = _Noted(pair.target, drafter, EngineConfig(prefix_tokens=0, prefill_chunk=rows * PROMPT))
     seen = engine.rounds([Request(text[:PROMPT], SamplingParams(TOKENS), frozenset(), 10**6) for text in known])
     speeds = [expected(acceptance, k) / seconds for k, seconds in enumerate(round_costs)]
@@ -117,7 +126,7 @@ def main() -> None:
     print_card(environment_card())
     known = texts(pair, max(args.rows))
     for rows in args.rows:
-        round_costs = costs(pair, rows)
+        round_costs = costs(replaying(pair, known[:rows], 0.5), rows)
         print(f"rows {rows}: a round takes", "  ".join(f"{1e3 * seconds:.1f}" for seconds in round_costs),
               "ms for K = 0, 1, ...")
         for acceptance in args.acceptance:
