@@ -45,7 +45,9 @@ class Machine:
         accepted = [self._accepted(k, acceptance) for _ in range(self.rows)]
         seconds = self.cost(self.rows, k) * (1 + self.noise * abs(self.generator.gauss(0, 1)))
         if self.unread is not None:
-            self.policy.observe(self.rows, *self.unread)
+            drafted, accepted_before, took = self.unread
+            self.policy.observe(self.rows, drafted, accepted_before)
+            self.policy.observe_seconds(self.rows, drafted, took)
         seconds *= 1 if k in self.chosen else 4  # the first of its kind
         self.unread = k, accepted, seconds if self.chosen else None  # the very first follows a prefill
         self.seconds += self.cost(self.rows, k)
@@ -207,7 +209,8 @@ def test_a_position_is_believed_like_the_one_before_it_until_it_is_measured() ->
 
 def test_a_fixed_length_stays_what_it_is() -> None:
     fixed = FixedLength(3)
-    fixed.observe(1, 3, [0], 1.0)
+    fixed.observe(1, 3, [0])
+    fixed.observe_seconds(1, 3, 1.0)
     fixed.new_task()
     assert (fixed.choose(1), fixed.choose(8), fixed.longest) == (3, 3, 3)
     assert fixed.plain_seconds({1: 10}) is None

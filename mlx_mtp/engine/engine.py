@@ -309,16 +309,29 @@ class Engine:
         live = [(request, row) for request, row in zip(flight.rows, packed, strict=True) if not request.is_finished]
         if num_drafted is not None:
             accepted = [row[-1] for _, row in live]
-            # A host that hardly waited is what took the time, and it was busy with the next round.
-            is_its_own = waited > LEAST_WAIT * took or (
-                bool(self._flights) and self._flights[0].num_draft_tokens == num_drafted)
-            self._draft_length.observe(
-                width, num_drafted, accepted, took if flight.is_timed and is_its_own else None)
+            self._draft_length.observe(width, num_drafted, accepted)
+            self._time(flight, took, waited)
         events = []
         for request, row in live:
             events.append(Event(request, request.receive(row[: row[-1] + 1], num_drafted, width)))
             request.plain_seconds = self._draft_length.plain_seconds(request.tokens_by_rows)
         return events
+
+    def _time(self, flight: _Flight, took: float, waited: float) -> None:
+        """Tells what a round took: the one that landed, or, if the host hardly waited for it, the next.
+
+        Then it was the host that took the time, and it was busy with the next round: building it, or, as MLX has it on
+        a CPU, waiting until most of it was done.
+        """
+        if waited > LEAST_WAIT * took:
+            timed = flight
+        elif self._flights:
+            timed = self._flights[0]
+        else:
+            return
+        if timed.num_draft_tokens is not None:
+            seconds = took if flight.is_timed and timed.is_timed else None
+            self._draft_length.observe_seconds(len(timed.rows), timed.num_draft_tokens, seconds)
 
 
 def _draft_length(drafter: DraftModel | None, config: EngineConfig, costs: RoundCosts | None) -> DraftLength:

@@ -38,7 +38,7 @@ MOST_TRIES = 3  # of one K, in hope
 RISK = 3.0  # rounds of the best K that a round which is tried may be thought to take
 FIRST_K = 3
 WELL_TIMED = 3  # samples
-LONG_LOOK = 2  # rounds in a row; where the host is the slower one, the second cannot be timed
+LONG_LOOK = 2  # rounds in a row, of which the second is timed even where K is new
 FIRST_WAIT, SOONEST_LOOK, LATEST_LOOK = 2, 16, 48  # rounds between two looks at another K; the first at a new width
 LOOKING = 0.01  # the share of the speed that looking may cost in the long run
 
@@ -53,8 +53,11 @@ class DraftLength(Protocol):
     def choose(self, rows: int) -> int:
         """The K of the next round over so many rows."""
 
-    def observe(self, rows: int, num_draft_tokens: int, accepted: Sequence[int], seconds: float | None) -> None:
-        """accepted: of each live row; seconds: between the reads of this round and the last, None if not only its."""
+    def observe(self, rows: int, num_draft_tokens: int, accepted: Sequence[int]) -> None:
+        """accepted: of each live row."""
+
+    def observe_seconds(self, rows: int, num_draft_tokens: int, seconds: float | None) -> None:
+        """seconds: what such a round took, from one read to the next; None if that had other work in it."""
 
     def new_task(self) -> None:
         """A request joined: what was accepted before says less."""
@@ -72,7 +75,10 @@ class FixedLength:
     def choose(self, rows: int) -> int:
         return self.longest
 
-    def observe(self, rows: int, num_draft_tokens: int, accepted: Sequence[int], seconds: float | None) -> None:
+    def observe(self, rows: int, num_draft_tokens: int, accepted: Sequence[int]) -> None:
+        pass
+
+    def observe_seconds(self, rows: int, num_draft_tokens: int, seconds: float | None) -> None:
         pass
 
     def new_task(self) -> None:
@@ -284,11 +290,13 @@ class AdaptiveLength:
             self._plan(rows)
         return self._planned.popleft()
 
-    def observe(self, rows: int, num_draft_tokens: int, accepted: Sequence[int], seconds: float | None) -> None:
+    def observe(self, rows: int, num_draft_tokens: int, accepted: Sequence[int]) -> None:
         if self._acceptance.observe(num_draft_tokens, accepted):
             self._wait, self._countdown = SOONEST_LOOK, 1
         if num_draft_tokens:
             self._costs.accept(accepted)
+
+    def observe_seconds(self, rows: int, num_draft_tokens: int, seconds: float | None) -> None:
         self._costs.observe(rows, num_draft_tokens, seconds)
 
     def new_task(self) -> None:
