@@ -2,9 +2,9 @@
 
     python -m bench.never_slower [FOLDER] [--rows 1 4 8] [--acceptance 0 0.4 0.8 1]     FOLDER as in bench.serving
 
-What a round costs by K is measured first, replay included, in interleaved blocks as in bench.rounds. Then the engine
-decodes with "auto", cold, and the Ks it chose are priced with those costs: so a machine that is disturbed now and then
-may mislead the controller, but not this comparison. The clock's own figure stands beside it.
+The engine decodes with "auto", cold. What a round costs by K is measured just before and after, replay included, in
+interleaved blocks as in bench.rounds, and the Ks it chose are priced with those costs: so a machine that is disturbed
+now and then may mislead the controller, but not this comparison. The clock's own figure stands beside it.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ import argparse
 import dataclasses
 import statistics
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import cast
 
 import mlx_mtp
@@ -32,7 +33,7 @@ from mlx_mtp.models.drafter import Drafter
 
 PROMPT = 48
 TOKENS = 1000  # of each text
-ROUNDS = 200
+ROUNDS = 160
 SETTLED = 64  # rounds after which it should know
 COLD = 256  # tokens of a whole request
 
@@ -44,10 +45,19 @@ def replaying(pair: Pair, known: list[list[int]], acceptance: float) -> Pair:
     return dataclasses.replace(pair, drafter=cast(Drafter, ReplayDrafter(pair.drafter, drafts)))
 
 
-def costs(pair: Pair, rows: int, runs: int = 6) -> list[float]:
-    """Seconds of a round for K = 0, 1, ..., the longest: medians of interleaved blocks."""
-    timers = [round_timer(pair, rows, PROMPT + 200, k) for k in range(EngineConfig().max_draft_tokens + 1)]
-    return [statistics.median(seconds) for seconds in interleaved(timers, runs)]
+class Costs:
+    """Seconds of a round for K = 0, 1, ..., the longest: medians of interleaved blocks, all that were measured lately."""
+
+    def __init__(self, pair: Pair, rows: int) -> None:
+        lengths = range(EngineConfig().max_draft_tokens + 1)
+        self._timers = [round_timer(pair, rows, PROMPT + 200, k) for k in lengths]
+        self._blocks: deque[list[list[float]]] = deque(maxlen=2)
+
+    def measure(self, runs: int = 3) -> None:
+        self._blocks.append(interleaved(self._timers, runs))
+
+    def seconds(self) -> list[float]:
+        return [statistics.median([*chain(*blocks)]) for blocks in zip(*self._blocks, strict=True)]
 
 
 def texts(pair: Pair, rows: int) -> list[list[int]]:
@@ -99,10 +109,12 @@ def expected(acceptance: float, k: int) -> float:
     return sum(acceptance**i for i in range(k + 1))
 
 
-def compare(pair: Pair, rows: int, acceptance: float, known: list[list[int]], round_costs: list[float]) -> None:
+def compare(pair: Pair, rows: int, acceptance: float, known: list[list[int]], costs: Costs) -> None:
     drafter = replaying(pair, known, acceptance).drafter
     engine = _Noted(pair.target, drafter, EngineConfig(prefix_tokens=0, prefill_chunk=rows * PROMPT))
     seen = engine.rounds([Request(text[:PROMPT], SamplingParams(TOKENS), frozenset(), 10**6) for text in known])
+    costs.measure()
+    round_costs = costs.seconds()
     speeds = [expected(acceptance, k) / seconds for k, seconds in enumerate(round_costs)]
     best = max(range(len(speeds)), key=speeds.__getitem__)
     # The text's own share of right drafts differs a little from the one asked for; tokens are therefore expected ones.
@@ -112,7 +124,8 @@ def compare(pair: Pair, rows: int, acceptance: float, known: list[list[int]], ro
     print(f"rows {rows}  acceptance {acceptance:.1f}  best fixed K = {best} ({rows * speeds[best]:.1f} tok/s)  "
           f"auto after {SETTLED} rounds {priced.speed(round_costs, SETTLED, ROUNDS) / speeds[best]:.3f}, "
           f"first {COLD} tokens {priced.speed(round_costs, 0, cold + 1) / speeds[best]:.3f}; by the clock "
-          f"{clock / speeds[best]:.2f}; Ks {dict(sorted(Counter(seen.lengths[SETTLED:]).items()))}", flush=True)
+          f"{clock / speeds[best]:.2f}; Ks {dict(sorted(Counter(seen.lengths[SETTLED:]).items()))}; "
+          f"ms by K {' '.join(f'{1e3 * seconds:.1f}' for seconds in round_costs)}", flush=True)
 
 
 def main() -> None:
@@ -126,11 +139,10 @@ def main() -> None:
     print_card(environment_card())
     known = texts(pair, max(args.rows))
     for rows in args.rows:
-        round_costs = costs(replaying(pair, known[:rows], 0.5), rows)
-        print(f"rows {rows}: a round takes", "  ".join(f"{1e3 * seconds:.1f}" for seconds in round_costs),
-              "ms for K = 0, 1, ...")
+        costs = Costs(replaying(pair, known[:rows], 0.5), rows)
+        costs.measure()
         for acceptance in args.acceptance:
-            compare(pair, rows, acceptance, known[:rows], round_costs)
+            compare(pair, rows, acceptance, known[:rows], costs)
 
 
 if __name__ == "__main__":
