@@ -46,7 +46,7 @@ def replaying(pair: Pair, known: list[list[int]], acceptance: float) -> Pair:
 
 
 class Costs:
-    """Seconds of a round for K = 0, 1, ..., the longest: medians of interleaved blocks, all that were measured lately."""
+    """Seconds of a round for K = 0, 1, ..., the longest: medians of the blocks of the last two measurements."""
 
     def __init__(self, pair: Pair, rows: int) -> None:
         lengths = range(EngineConfig().max_draft_tokens + 1)
