@@ -47,6 +47,54 @@ def assert_as_alone(kind: str, requests: list[Request]) -> None:
             assert request.finish_reason == text.finish_reason
 
 
+class Listening:
+    """Drafts 3, 0, 3, 0, ... tokens, and notes what it hears of each round."""
+
+    longest = 3
+
+    def __init__(self) -> None:
+        self.chosen: list[int] = []
+        self.heard: list[int] = []
+        self.timed: list[tuple[int, int, float | None]] = []
+
+    def choose(self, rows: int) -> int:
+        self.chosen.append(0 if len(self.chosen) % 2 else 3)
+        return self.chosen[-1]
+
+    def observe(self, rows: int, num_draft_tokens: int, accepted: list[int]) -> None:
+        assert len(accepted) == rows
+        self.heard.append(num_draft_tokens)
+
+    def observe_seconds(self, rows: int, num_draft_tokens: int, seconds: float | None) -> None:
+        self.timed.append((rows, num_draft_tokens, seconds))
+
+    def new_task(self) -> None:
+        pass
+
+    def plain_seconds(self, tokens_by_rows: dict[int, int]) -> None:
+        return None
+
+
+@pytest.mark.parametrize(("least_wait", "later"), [(-1.0, 0), (2.0, 1)], ids=["the device is slower", "the host is"])
+def test_time_is_that_of_the_round_that_took_it(
+    monkeypatch: pytest.MonkeyPatch, least_wait: float, later: int
+) -> None:
+    monkeypatch.setattr("mlx_mtp.engine.engine.LEAST_WAIT", least_wait)
+    target, drafter = golden_pair("edge")
+    engine = Engine(target, drafter, EngineConfig(num_draft_tokens=3))
+    engine._draft_length = heard = Listening()
+    for prompt in random_prompts(6, 2, 12, VOCABULARY):
+        engine.submit(Request(prompt, SamplingParams(20), frozenset(), 100))
+    drain(engine)
+    assert heard.heard == heard.chosen[: len(heard.heard)]
+    lengths = [num_drafted for _, num_drafted, _ in heard.timed]
+    assert len(lengths) >= 10
+    assert lengths == heard.chosen[later : later + len(lengths)]
+    both = [seconds for rows, _, seconds in heard.timed if rows == 2][1:-1]
+    assert both
+    assert all(seconds is not None and seconds > 0 for seconds in both)
+
+
 @pytest.mark.parametrize("kind", ["edge", "mixture", "unified"])
 def test_requests_that_arrive_and_leave_at_random_get_the_text_they_get_alone(kind: str) -> None:
     """Lengths of 1 to 6 windows, shared beginnings, small chunks, aborts in every state, answers gone on from."""
