@@ -321,7 +321,8 @@ class AdaptiveLength:
             self._best = best
             self._wait = min(self._wait, SOONEST_LOOK)
             self._countdown = min(self._countdown, self._wait)
-        self._countdown -= best == 0 or self._acceptance.is_firm
+        if best == 0 or self._acceptance.is_firm:
+            self._countdown -= 1
         if self._countdown > 0 or not speeds:
             self._planned.append(best)
             return
