@@ -5,7 +5,7 @@ costs almost four times one, which is unlike any machine that somebody would dec
 rows cost about the same as one.
 
 OpenBLAS has kernels for each processor. A release that is older than the processor does not know it and takes those
-that any processor runs, three to five times slower: then it is told which to take.
+that any processor runs, up to three times slower: then it is told which to take.
 """
 
 from __future__ import annotations
@@ -108,11 +108,10 @@ def prefer_openblas() -> None:
     add_flag(cli)
     if cli.parse_known_args()[0].blas == "reference":
         return
-    library = find_openblas()
-    environment = restart_environment(os.environ, library)
+    environment = restart_environment(os.environ, find_openblas())
     if environment is not None:
-        kernels = f", kernels for {environment[CORE]}" if CORE in environment else ""
-        print(f"starting again with OpenBLAS ({library}{kernels}); --blas reference keeps MLX's BLAS", file=sys.stderr)
+        chosen = " ".join(f"{name}={environment[name]}" for name in ("LD_PRELOAD", CORE) if environment.get(name))
+        print(f"starting again with OpenBLAS ({chosen}); --blas reference keeps MLX's BLAS", file=sys.stderr)
         sys.stderr.flush()
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
 
