@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from itertools import product
@@ -27,6 +28,7 @@ import numpy as np
 
 from bench import blas
 from bench.card import environment_card
+from mlx_mtp.command import guarded
 from mlx_mtp.config import ExpertsConfig
 from mlx_mtp.models.expert_calibration import DECODE_TOKENS, PORTABLE, Shape, measure, random_pass
 from mlx_mtp.models.expert_dispatch import most_tiles, tiles_of
@@ -126,7 +128,7 @@ def print_reads(experts: int = 128, top_k: int = 8, drafts: int = 3) -> None:
               f"{most_tiles(routes, experts, TILE_ROWS)} tiles, those not needed on the last expert)")
 
 
-def main() -> None:
+def main() -> int:
     cli = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     cli.add_argument("--experts", type=int, nargs="+", default=[16, 32, 64, 128])
     cli.add_argument("--widths", nargs="+", default=["128x256", "512x256", "512x1024", "1024x512"],
@@ -138,7 +140,7 @@ def main() -> None:
     args = cli.parse_args()
     if args.reads:
         print_reads()
-        return
+        return 0
     for key, value in environment_card().items():
         print(f"{key:10} {value}")
     ratios: list[float] = []
@@ -147,8 +149,9 @@ def main() -> None:
     slower = sum(ratio > ALLOWED for ratio in ratios)
     print(f"{len(ratios)} cells: median {statistics.median(ratios):.2f} x, worst {max(ratios):.2f} x, "
           f"best {min(ratios):.2f} x; {slower} above {ALLOWED}")
+    return 0
 
 
 if __name__ == "__main__":
     blas.prefer_openblas()
-    main()
+    sys.exit(guarded(main))

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import statistics
+import sys
 import time
 from collections import Counter, deque
 from collections.abc import Sequence
@@ -26,6 +27,7 @@ from bench.prompts import RANDOM, random_prompts
 from bench.replay import ReplayDrafter, replayed_drafts
 from bench.rounds import interleaved, round_timer
 from mlx_mtp import Pair
+from mlx_mtp.command import guarded
 from mlx_mtp.config import EngineConfig, SamplingParams
 from mlx_mtp.engine.engine import Engine
 from mlx_mtp.engine.request import Request
@@ -128,7 +130,7 @@ def compare(pair: Pair, rows: int, acceptance: float, known: list[list[int]], co
           f"ms by K {' '.join(f'{1e3 * seconds:.1f}' for seconds in round_costs)}", flush=True)
 
 
-def main() -> None:
+def main() -> int:
     cli = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     cli.add_argument("folder", nargs="?", default="demo")
     cli.add_argument("--rows", type=int, nargs="+", default=[1, 4, 8])
@@ -143,8 +145,9 @@ def main() -> None:
         costs.measure()
         for acceptance in args.acceptance:
             compare(pair, rows, acceptance, known[:rows], costs)
+    return 0
 
 
 if __name__ == "__main__":
     blas.prefer_openblas()
-    main()
+    sys.exit(guarded(main))

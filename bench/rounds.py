@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from bench import blas
 from bench.card import environment_card, print_card
 from bench.prompts import RANDOM, random_prompts
 from mlx_mtp import Pair
+from mlx_mtp.command import guarded
 from mlx_mtp.config import EngineConfig, SamplingParams
 from mlx_mtp.engine.engine import Engine
 from mlx_mtp.engine.request import Request
@@ -121,7 +123,7 @@ def draft_timer(pair: Pair, rows: int, length: int, num_draft_tokens: int) -> Ca
     return block(lambda: mx.eval(draft(pair.target, pair.drafter, state, num_draft_tokens, None)))
 
 
-def main() -> None:
+def main() -> int:
     cli = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     cli.add_argument("folder", type=Path)
     cli.add_argument("--length", type=int, default=256)
@@ -138,8 +140,9 @@ def main() -> None:
             one, verify, drafts = 1e3 * parts.round, 1e3 * parts.verify, 1e3 * parts.draft
             print(f"rows {rows}  K {num_draft_tokens}  round {one:7.2f} ms  pass {verify:7.2f}  drafts {drafts:6.2f}  "
                   f"round / parts {one / (verify + drafts):.3f}", flush=True)
+    return 0
 
 
 if __name__ == "__main__":
     blas.prefer_openblas()
-    main()
+    sys.exit(guarded(main))

@@ -25,6 +25,7 @@ import mlx_mtp
 from bench import blas
 from bench.card import environment_card
 from mlx_mtp import Pair
+from mlx_mtp.command import guarded
 from mlx_mtp.config import EngineConfig, SamplingParams
 from mlx_mtp.engine.engine import Engine
 from mlx_mtp.engine.request import Request
@@ -153,7 +154,7 @@ def soak(pair: Pair) -> None:
           f"{time.perf_counter() - started:.0f} s")
 
 
-def main() -> None:
+def main() -> int:
     cli = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     cli.add_argument("folder")
     cli.add_argument("what", choices=["stall", "prefix", "mixed", "soak"])
@@ -163,8 +164,9 @@ def main() -> None:
     for key, value in environment_card().items():
         print(f"{key:10} {value}")
     {"stall": stall, "prefix": prefix, "mixed": mixed, "soak": soak}[args.what](pair)
+    return 0
 
 
 if __name__ == "__main__":
     blas.prefer_openblas()
-    main()
+    sys.exit(guarded(main))

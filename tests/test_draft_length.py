@@ -187,6 +187,15 @@ def test_an_unknown_cost_is_drawn_through_the_known_ones_and_never_falls() -> No
     assert costs.seconds(5, 1) == costs.seconds(1, 1)  # the nearest width
 
 
+def test_what_plain_decoding_would_take_is_not_told_before_it_was_timed() -> None:
+    costs = RoundCosts()
+    policy = AdaptiveLength(LONGEST, costs)
+    timed(costs, 3, 1.5)
+    assert policy.plain_seconds({1: 10}) is None
+    timed(costs, 0, 1.0)
+    assert policy.plain_seconds({1: 10}) == pytest.approx(10.0)
+
+
 def test_a_known_cliff_is_feared_until_it_is_measured() -> None:
     costs = RoundCosts(widest_block=4)
     for k, seconds in ((0, 1.0), (3, 1.3)):
