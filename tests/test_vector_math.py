@@ -1,4 +1,4 @@
-"""tanh agrees with float64 to the last bits of float32, also where it is flat, and at the ends."""
+"""tanh and softmax agree with float64 to the last bits of float32, also where they are flat, and at the ends."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 from mlx_mtp.models import vector_math
 from mlx_mtp.models.layers import geglu, softcap
-from mlx_mtp.models.vector_math import lacks_fast_kernels, tanh
+from mlx_mtp.models.vector_math import lacks_fast_kernels, softmax, tanh
 
 INFINITY = math.inf
 
@@ -39,6 +39,35 @@ def test_tanh_is_right_to_the_last_bits_and_exact_where_it_is_flat() -> None:
     ends = tanh(mx.array([-INFINITY, -1e30, -9.5, 0.0, 9.5, 1e30, INFINITY, math.nan]))
     assert ends.tolist()[:-1] == [-1, -1, -1, 0, 1, 1, 1]
     assert mx.isnan(ends[-1]).item()
+
+
+@pytest.mark.usefixtures("twins")
+def test_softmax_is_right_to_the_last_bits() -> None:
+    depth = mx.linspace(0, -80, 20_001)  # beside a score that is never far below the best
+    scores = mx.stack([mx.zeros(depth.shape), depth], axis=-1) + 7.25
+    expected = np.exp(exact(scores) - 7.25)
+    expected /= expected.sum(axis=-1, keepdims=True)
+    error = np.abs(exact(softmax(scores)) - expected)
+    assert error.max() <= 2e-7
+    # What a score far below the best is off by grows with its own last bit; that of a weight at 1e-35 is 1e-41.
+    assert (error <= (2e-7 + 1e-7 * np.abs(exact(depth)))[:, None] * expected).all()
+
+
+@pytest.mark.usefixtures("twins")
+def test_softmax_gives_what_is_hidden_nothing() -> None:
+    scores = mx.array([[-INFINITY, 3.0, -INFINITY, 3.0], [-200.0, 0.0, -88.5, -INFINITY], [5.0, -INFINITY, -1e30, 5.0]])
+    assert softmax(scores).tolist() == [[0, 0.5, 0, 0.5], [0, 1, 0, 0], [0.5, 0, 0, 0.5]]
+    nowhere = softmax(mx.array([[-INFINITY, -INFINITY], [math.nan, 0.0]]))
+    assert mx.isnan(nowhere).all().item()  # as MLX's own
+
+
+@pytest.mark.usefixtures("twins")
+def test_softmax_sums_to_one_over_many() -> None:
+    scores = mx.array(np.random.default_rng(0).normal(0, 3, (2, 3, 5000)), mx.float32)
+    weights = exact(softmax(scores))
+    assert np.abs(weights.sum(axis=-1) - 1).max() <= 1e-5
+    expected = np.exp(exact(scores))
+    assert np.abs(weights / (expected / expected.sum(axis=-1, keepdims=True)) - 1).max() <= 1e-5
 
 
 def test_a_gate_far_below_zero_lets_nothing_through() -> None:

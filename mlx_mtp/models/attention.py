@@ -10,7 +10,7 @@ import mlx.nn as nn
 
 from mlx_mtp.config import LayerConfig, TextConfig
 from mlx_mtp.models.layers import RMSNorm, Turn, rms_norm
-from mlx_mtp.models.vector_math import lacks_fast_kernels
+from mlx_mtp.models.vector_math import lacks_fast_kernels, softmax
 
 
 class Mask:
@@ -35,7 +35,7 @@ def attend(queries: mx.array, keys: mx.array, values: mx.array, mask: Mask) -> m
     groups = keys.shape[1]
     stacked = queries.reshape(queries.shape[0], groups, -1, queries.shape[-1])
     scores = stacked @ keys.swapaxes(-1, -2) + mask.added(queries.shape[1] // groups, queries.dtype)
-    return (mx.softmax(scores, axis=-1) @ values).reshape(queries.shape)
+    return (softmax(scores) @ values).reshape(queries.shape)
 
 
 class Attention(nn.Module):
