@@ -2,9 +2,10 @@
 
     python -m bench.never_slower [FOLDER] [--rows 1 4 8] [--acceptance 0 0.4 0.8 1]     FOLDER as in bench.serving
 
-The engine decodes with "auto", cold. What a round costs by K is measured just before and after, replay included, in
-interleaved blocks as in bench.rounds, and the Ks it chose are priced with those costs: so a machine that is disturbed
-now and then may mislead the controller, but not this comparison. The clock's own figure stands beside it.
+The engine decodes with "auto", cold. Every 32 rounds it is halted, and for each K some rounds over the same texts are
+timed, by engines that began with it. The Ks it chose are priced with the medians of those: so a machine that is
+disturbed now and then, or slow for a while, may mislead the controller, but not this comparison. The clock's own figure
+stands beside it.
 """
 
 from __future__ import annotations
@@ -14,10 +15,9 @@ import dataclasses
 import statistics
 import sys
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
 from typing import cast
 
 import mlx_mtp
@@ -25,7 +25,7 @@ from bench import blas
 from bench.card import environment_card, print_card
 from bench.prompts import RANDOM, random_prompts
 from bench.replay import ReplayDrafter, replayed_drafts
-from bench.rounds import interleaved, round_timer
+from bench.rounds import round_timer
 from mlx_mtp import Pair
 from mlx_mtp.command import guarded
 from mlx_mtp.config import EngineConfig, SamplingParams
@@ -36,6 +36,8 @@ from mlx_mtp.models.drafter import Drafter
 PROMPT = 48
 TOKENS = 1000  # of each text
 ROUNDS = 160
+PRICED_EVERY = 32  # rounds
+BLOCKS = 2  # of each K, each time
 SETTLED = 64  # rounds after which it should know
 COLD = 256  # tokens of a whole request
 
@@ -47,19 +49,23 @@ def replaying(pair: Pair, known: list[list[int]], acceptance: float) -> Pair:
     return dataclasses.replace(pair, drafter=cast(Drafter, ReplayDrafter(pair.drafter, drafts)))
 
 
-class Costs:
-    """Seconds of a round for K = 0, 1, ..., the longest: medians of the blocks of the last two measurements."""
+class Prices:
+    """What a round costs for K = 0, 1, ..., the longest, in engines that decode the same texts with that K only."""
 
     def __init__(self, pair: Pair, rows: int) -> None:
         lengths = range(EngineConfig().max_draft_tokens + 1)
-        self._timers = [round_timer(pair, rows, PROMPT + 200, k) for k in lengths]
-        self._blocks: deque[list[list[float]]] = deque(maxlen=2)
+        self._timers = [round_timer(pair, rows, PROMPT, k) for k in lengths]
+        self._blocks: list[list[float]] = [[] for _ in lengths]
+        for timer in self._timers:
+            timer()  # warms up
 
-    def measure(self, runs: int = 3) -> None:
-        self._blocks.append(interleaved(self._timers, runs))
+    def measure(self) -> None:
+        for _ in range(BLOCKS):
+            for blocks, timer in zip(self._blocks, self._timers, strict=True):
+                blocks.append(timer())
 
     def seconds(self) -> list[float]:
-        return [statistics.median([*chain(*blocks)]) for blocks in zip(*self._blocks, strict=True)]
+        return [statistics.median(blocks) for blocks in self._blocks]
 
 
 def texts(pair: Pair, rows: int) -> list[list[int]]:
@@ -86,9 +92,9 @@ class Seen:
 
 
 class _Noted(Engine):
-    """An engine that tells which K each round had."""
+    """An engine that tells which K each round had, and halts for prices."""
 
-    def rounds(self, requests: Sequence[Request]) -> Seen:
+    def rounds(self, requests: Sequence[Request], prices: Prices) -> Seen:
         lengths: list[int] = []
         tokens: list[float] = []
         seconds: list[float] = []
@@ -104,6 +110,9 @@ class _Noted(Engine):
                 lengths += new.elements()
                 tokens.append(sum(len(event.tokens) for event in events) / len(requests))
                 seconds.append(took)
+                if len(lengths) % PRICED_EVERY == 0:
+                    prices.measure()
+                    self._landed_at, self._is_disturbed = time.perf_counter(), True  # the halt is no round's time
         return Seen(lengths, tokens, seconds)
 
 
@@ -111,12 +120,13 @@ def expected(acceptance: float, k: int) -> float:
     return sum(acceptance**i for i in range(k + 1))
 
 
-def compare(pair: Pair, rows: int, acceptance: float, known: list[list[int]], costs: Costs) -> None:
-    drafter = replaying(pair, known, acceptance).drafter
-    engine = _Noted(pair.target, drafter, EngineConfig(prefix_tokens=0, prefill_chunk=rows * PROMPT))
-    seen = engine.rounds([Request(text[:PROMPT], SamplingParams(TOKENS), frozenset(), 10**6) for text in known])
-    costs.measure()
-    round_costs = costs.seconds()
+def compare(pair: Pair, rows: int, acceptance: float, known: list[list[int]]) -> None:
+    pair = replaying(pair, known, acceptance)
+    engine = _Noted(pair.target, pair.drafter, EngineConfig(prefix_tokens=0, prefill_chunk=rows * PROMPT))
+    prices = Prices(pair, rows)
+    requests = [Request(text[:PROMPT], SamplingParams(TOKENS), frozenset(), 10**6) for text in known]
+    seen = engine.rounds(requests, prices)
+    round_costs = prices.seconds()
     speeds = [expected(acceptance, k) / seconds for k, seconds in enumerate(round_costs)]
     best = max(range(len(speeds)), key=speeds.__getitem__)
     # The text's own share of right drafts differs a little from the one asked for; tokens are therefore expected ones.
@@ -141,10 +151,8 @@ def main() -> int:
     print_card(environment_card())
     known = texts(pair, max(args.rows))
     for rows in args.rows:
-        costs = Costs(replaying(pair, known[:rows], 0.5), rows)
-        costs.measure()
         for acceptance in args.acceptance:
-            compare(pair, rows, acceptance, known[:rows], costs)
+            compare(pair, rows, acceptance, known[:rows])
     return 0
 
 
