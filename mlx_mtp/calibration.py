@@ -28,10 +28,11 @@ def default_path() -> Path:
 
 
 def machine() -> str:
-    """What every figure depends on: the device, MLX's version, and a CPU's preloaded BLAS with its kernels."""
+    """What every figure depends on: the device, MLX's version, and a CPU's preloaded BLAS with its settings."""
     from importlib.metadata import version  # it imports a mail parser: only those who calibrate pay for it
 
-    blas = [] if is_gpu() else [os.environ.get(name, "") for name in ("LD_PRELOAD", "OPENBLAS_CORETYPE")]
+    names = ("LD_PRELOAD", "OPENBLAS_CORETYPE", "OPENBLAS_NUM_THREADS", "OPENBLAS_THREAD_TIMEOUT")
+    blas = [] if is_gpu() else [os.environ.get(name, "") for name in names]
     parts = [str(mx.device_info().get("device_name", "unknown device")), mx.default_device().type.name,
              f"mlx {version('mlx')}", *blas]
     return ", ".join(part for part in parts if part)

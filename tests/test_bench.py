@@ -343,7 +343,8 @@ def test_the_bench_starts_itself_again_with_openblas_at_most_once(
     library.touch()
     assert blas.find_openblas([f"{tmp_path}/*.so.3"]) == library
     environment = blas.restart_environment({"LD_PRELOAD": "other.so"}, library)
-    assert environment == {"LD_PRELOAD": f"{library} other.so", blas.CHOICE: "openblas"}
+    assert environment == {
+        "LD_PRELOAD": f"{library} other.so", blas.CHOICE: "openblas", blas.TIMEOUT: blas.SHORT_TIMEOUT}
     assert blas.restart_environment(environment, library) is None
     assert blas.restart_environment({blas.CHOICE: "reference"}, library) is None
     assert blas.restart_environment({}, None) is None
@@ -371,9 +372,10 @@ def test_an_openblas_older_than_the_processor_is_told_which_kernels_to_take(
 
     monkeypatch.setattr(blas, "is_openblas", lambda: True)  # preloaded by hand
     preloaded = {"LD_PRELOAD": "libblas.so.3"}
-    assert blas.restart_environment(preloaded, tmp_path) == {
-        **preloaded, blas.CORE: "SkylakeX", blas.CHOICE: "openblas"}
-    assert blas.restart_environment({**preloaded, blas.CORE: "Prescott"}, tmp_path) is None
+    settings = {blas.CORE: "SkylakeX", blas.TIMEOUT: blas.SHORT_TIMEOUT}
+    assert blas.restart_environment(preloaded, tmp_path) == {**preloaded, **settings, blas.CHOICE: "openblas"}
+    by_hand = {**preloaded, blas.CORE: "Prescott", blas.TIMEOUT: "26"}
+    assert blas.restart_environment(by_hand, tmp_path) is None
 
 
 def test_a_library_that_is_not_openblas_has_no_core_to_tell(tmp_path: Path) -> None:

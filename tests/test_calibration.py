@@ -73,8 +73,8 @@ def test_the_file_lies_in_the_users_cache_folder_and_keys_name_the_machine() -> 
     assert "mlx " in machine()
 
 
-@pytest.mark.parametrize("name", ["LD_PRELOAD", "OPENBLAS_CORETYPE"])
-def test_a_key_names_the_blas_and_its_kernels_on_a_cpu(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+@pytest.mark.parametrize("name", ["LD_PRELOAD", "OPENBLAS_CORETYPE", "OPENBLAS_NUM_THREADS", "OPENBLAS_THREAD_TIMEOUT"])
+def test_a_key_names_the_blas_and_its_settings_on_a_cpu(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setenv(name, "another one")
     monkeypatch.setattr("mlx_mtp.calibration.is_gpu", lambda: False)
     assert "another one" in machine()
