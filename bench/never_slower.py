@@ -4,8 +4,10 @@
 
 The engine decodes with "auto", cold. Every 32 rounds it is halted, and for each K some rounds over the same texts are
 timed, by engines that began with it. The Ks it chose are priced with the medians of those: so a machine that is
-disturbed now and then, or slow for a while, may mislead the controller, but not this comparison. The clock's own figure
-stands beside it.
+disturbed now and then, or slow for a while, may mislead the controller, but not this comparison. Of eight prices with
+some noise the best one is mostly a lucky one: so one half of the rounds says which K is best, and the other half what
+it and the chosen ones cost, and the other way round. "luckiest" is against the best of all the prices, and the clock's
+own figure stands beside it.
 """
 
 from __future__ import annotations
@@ -67,6 +69,11 @@ class Prices:
     def seconds(self) -> list[float]:
         return [statistics.median(blocks) for blocks in self._blocks]
 
+    def halves(self) -> tuple[list[float], list[float]]:
+        """By every other block: two prices that share no disturbance."""
+        first, second = ([statistics.median(blocks[i::2]) for blocks in self._blocks] for i in (0, 1))
+        return first, second
+
 
 def texts(pair: Pair, rows: int) -> list[list[int]]:
     """Plain decoding's, prompts included."""
@@ -120,24 +127,39 @@ def expected(acceptance: float, k: int) -> float:
     return sum(acceptance**i for i in range(k + 1))
 
 
+def best_length(acceptance: float, round_costs: Sequence[float]) -> int:
+    return max(range(len(round_costs)), key=lambda k: expected(acceptance, k) / round_costs[k])
+
+
 def compare(pair: Pair, rows: int, acceptance: float, known: list[list[int]]) -> None:
     pair = replaying(pair, known, acceptance)
     engine = _Noted(pair.target, pair.drafter, EngineConfig(prefix_tokens=0, prefill_chunk=rows * PROMPT))
     prices = Prices(pair, rows)
     requests = [Request(text[:PROMPT], SamplingParams(TOKENS), frozenset(), 10**6) for text in known]
     seen = engine.rounds(requests, prices)
-    round_costs = prices.seconds()
-    speeds = [expected(acceptance, k) / seconds for k, seconds in enumerate(round_costs)]
-    best = max(range(len(speeds)), key=speeds.__getitem__)
     # The text's own share of right drafts differs a little from the one asked for; tokens are therefore expected ones.
     priced = Seen(seen.lengths, [expected(acceptance, k) for k in seen.lengths], seen.seconds)
     cold = next((i for i in range(len(priced.tokens)) if sum(priced.tokens[: i + 1]) >= COLD), len(priced.tokens))
+    parts = ((SETTLED, ROUNDS), (0, cold + 1))
+
+    def shares(chosen_by: Sequence[float], round_costs: Sequence[float]) -> list[float]:
+        """What auto has of the K that is best by one list of prices, both at the other's: late, and cold."""
+        best = best_length(acceptance, chosen_by)
+        fixed = expected(acceptance, best) / round_costs[best]
+        return [priced.speed(round_costs, *part) / fixed for part in parts]
+
+    first, second = prices.halves()
+    late, begun = map(statistics.mean, zip(shares(first, second), shares(second, first), strict=True))
+    costs = prices.seconds()
+    luckiest = shares(costs, costs)
+    best = best_length(acceptance, costs)
+    speed = expected(acceptance, best) / costs[best]
     clock = sum(seen.tokens[SETTLED:]) / sum(seen.seconds[SETTLED:]) if seen.seconds[SETTLED:] else float("nan")
-    print(f"rows {rows}  acceptance {acceptance:.1f}  best fixed K = {best} ({rows * speeds[best]:.1f} tok/s)  "
-          f"auto after {SETTLED} rounds {priced.speed(round_costs, SETTLED, ROUNDS) / speeds[best]:.3f}, "
-          f"first {COLD} tokens {priced.speed(round_costs, 0, cold + 1) / speeds[best]:.3f}; by the clock "
-          f"{clock / speeds[best]:.2f}; Ks {dict(sorted(Counter(seen.lengths[SETTLED:]).items()))}; "
-          f"ms by K {' '.join(f'{1e3 * seconds:.1f}' for seconds in round_costs)}", flush=True)
+    print(f"rows {rows}  acceptance {acceptance:.1f}  best fixed K = {best} ({rows * speed:.1f} tok/s)  "
+          f"auto after {SETTLED} rounds {late:.3f} (luckiest {luckiest[0]:.3f}), "
+          f"first {COLD} tokens {begun:.3f} ({luckiest[1]:.3f}); by the clock {clock / speed:.2f}; "
+          f"Ks {dict(sorted(Counter(seen.lengths[SETTLED:]).items()))}; "
+          f"ms by K {' '.join(f'{1e3 * seconds:.1f}' for seconds in costs)}", flush=True)
 
 
 def main() -> int:
