@@ -23,8 +23,10 @@ TANH_P = (0.999999979, 0.133810214, 0.00349558308, 2.06090005e-05, 1.33545521e-0
 TANH_Q = (1.0, 0.46714337, 0.025876963, 0.000328562661, 7.77651259e-07)
 TANH_LIMIT = 9
 
-# 2^x = 2^n * E(x - n), n the integer nearest to x: relative error 8e-8. Adding ROUNDS and taking it off again rounds.
-POWER_OF_TWO = (1.00000007, 0.69314695, 0.24022122, 0.05550743, 0.00967546, 0.0013267)
+# exp(z) = 2^n * exp(r) with n = round(z / ln 2), exp(r) = 1 + r + r^2 * P(r): relative error 3e-9. n * LN2_HIGH is
+# exact, and LN2_LOW the rest of ln 2. Adding ROUNDS and taking it off again rounds.
+EXP_P = (0.49999993, 0.1666652, 0.04166839, 0.00836875, 0.00138145)
+LN2_HIGH, LN2_LOW = 0.693359375, math.log(2) - 0.693359375
 ROUNDS = 1.5 * 2**23
 EXPONENT_BITS, EXPONENT_BIAS = 23, 127  # a float32's exponent starts at this bit, and is 0 where this bias is added
 
@@ -54,20 +56,22 @@ def softmax(scores: mx.array) -> mx.array:
     """Over the last axis."""
     if not lacks_fast_kernels(scores):
         return mx.softmax(scores, axis=-1)
-    rest, exponent = _split_power(scores - scores.max(axis=-1, keepdims=True))
-    powers = _power_of_two(rest) * exponent.view(mx.float32)
-    return powers / powers.sum(axis=-1, keepdims=True)
+    rest, power = _reduce(scores - scores.max(axis=-1, keepdims=True))
+    weights = _exp(rest) * power.view(mx.float32)
+    return weights / weights.sum(axis=-1, keepdims=True)
 
 
 @fused
-def _split_power(z: mx.array) -> tuple[mx.array, mx.array]:
-    """For z <= 0, exp(z) = 2^(n + rest): the rest, and 2^n as the bits of a float32; those of 0 if it is below them."""
-    power = mx.maximum(z * math.log2(math.e), -EXPONENT_BIAS)
-    n = (power + ROUNDS) - ROUNDS
-    return power - n, mx.left_shift(n.astype(mx.int32) + EXPONENT_BIAS, EXPONENT_BITS)
+def _reduce(z: mx.array) -> tuple[mx.array, mx.array]:
+    """For z <= 0, exp(z) = 2^n * exp(rest): the rest, and 2^n as a float32's bits, those of 0 where it is too small."""
+    z = mx.maximum(z, -EXPONENT_BIAS * math.log(2))
+    n = (z * math.log2(math.e) + ROUNDS) - ROUNDS
+    rest = (z - n * LN2_HIGH) - n * LN2_LOW
+    return rest, mx.left_shift(n.astype(mx.int32) + EXPONENT_BIAS, EXPONENT_BITS)
 
 
 @fused
-def _power_of_two(rest: mx.array) -> mx.array:
-    a, b, c, d, e, f = POWER_OF_TWO
-    return ((((f * rest + e) * rest + d) * rest + c) * rest + b) * rest + a
+def _exp(rest: mx.array) -> mx.array:
+    a, b, c, d, e = EXP_P
+    square = rest * rest
+    return (1 + rest) + square * ((a + b * rest) + square * ((c + d * rest) + square * e))
