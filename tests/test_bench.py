@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -15,7 +15,7 @@ import pytest
 from support import golden_pair
 
 import mlx_mtp
-from bench import bandwidth, blas, card, decode, never_slower, plots, rounds, sweep
+from bench import bandwidth, blas, card, decode, plots, rounds, sweep
 from bench.bandwidth import Bandwidth
 from bench.measure import Difference, Spread, Tokens, clocked, difference
 from bench.prompts import KINDS, RAGGED, RANDOM, prompts
@@ -24,7 +24,6 @@ from bench.replay import ReplayDrafter, replayed_drafts
 from bench.runners import Drafting, DraftLength, Ours, Prompts, Runner
 from bench.sweep import NoPeers, Sweep, SweepConfig
 from mlx_mtp import Pair, demo
-from mlx_mtp.config import EngineConfig
 from mlx_mtp.errors import RequestError
 
 TINY = ["--rows", "1", "2", "--num-draft-tokens", "3", "--prompts", "code", "--max-tokens", "6", "--runs", "1"]
@@ -383,32 +382,3 @@ def test_a_library_that_is_not_openblas_has_no_core_to_tell(tmp_path: Path) -> N
     library = tmp_path / "libblas.so.3"
     library.write_bytes(b"no library")
     assert blas.core(library) == "an unknown processor"
-
-
-def test_prices_by_halves_share_no_round(monkeypatch: pytest.MonkeyPatch) -> None:
-    blocks = {k: iter([99.0, 1.0 + k, 10.0 + k, 3.0 + k, 12.0 + k]) for k in range(8)}  # the first warms up
-    monkeypatch.setattr(never_slower, "round_timer", lambda pair, rows, length, k: lambda: next(blocks[k]))
-    prices = never_slower.Prices(cast(Pair, None), 4)
-    for _ in range(4 // never_slower.BLOCKS):
-        prices.measure()
-    assert prices.halves() == ([2.0 + k for k in range(8)], [11.0 + k for k in range(8)])
-    assert prices.seconds() == [6.5 + k for k in range(8)]
-
-
-def test_the_best_fixed_length_has_the_most_expected_tokens_a_second() -> None:
-    assert never_slower.best_length(1.0, [1.0, 1.5, 1.9]) == 2
-    assert never_slower.best_length(0.5, [1.0, 1.4, 1.9]) == 1
-    assert never_slower.best_length(0.0, [1.0, 1.1, 1.2]) == 0
-
-
-def test_auto_is_set_against_every_fixed_length(
-    pair: Pair, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    for name, value in {"ROUNDS": 8, "SETTLED": 3, "PRICED_EVERY": 4, "BLOCKS": 1, "TOKENS": 60}.items():
-        monkeypatch.setattr(never_slower, name, value)
-    never_slower.compare(pair, 2, 1.0, never_slower.texts(pair, 2))
-    line = capsys.readouterr().out
-    late, cold = (float(part.split()[0]) for part in (line.split("3 rounds ")[1], line.split("256 tokens ")[1]))
-    assert 0.05 < late < 20  # nothing is known of so few rounds but that they were compared
-    assert 0.05 < cold < 20
-    assert len(line.split("ms by K ")[1].split()) == EngineConfig().max_draft_tokens + 1
