@@ -23,7 +23,7 @@ TANH_P = (0.999999979, 0.133810214, 0.00349558308, 2.06090005e-05, 1.33545521e-0
 TANH_Q = (1.0, 0.46714337, 0.025876963, 0.000328562661, 7.77651259e-07)
 TANH_LIMIT = 9
 
-# exp(z) = 2^n * exp(r) with n = round(z / ln 2), exp(r) = 1 + r + r^2 * P(r): relative error 3e-9. n * LN2_HIGH is
+# exp(z) = 2^n * exp(r) with n = round(z / ln 2), exp(r) = 1 + r + r^2 * P(r): relative error 4e-9. n * LN2_HIGH is
 # exact, and LN2_LOW the rest of ln 2. Adding ROUNDS and taking it off again rounds.
 EXP_P = (0.49999993, 0.1666652, 0.04166839, 0.00836875, 0.00138145)
 LN2_HIGH, LN2_LOW = 0.693359375, math.log(2) - 0.693359375
