@@ -35,7 +35,7 @@ from mlx_mtp.kv_cache import KVCache, layer_shapes
 from mlx_mtp.models.drafter import Drafter
 from mlx_mtp.models.expert_calibration import choose_dispatch
 from mlx_mtp.models.target import Target
-from mlx_mtp.spec_decode.draft_length import RoundCosts
+from mlx_mtp.spec_decode.round_costs import RoundCosts
 from mlx_mtp.tokenizer import TextStream, Tokenizer
 
 Prompt = str | Sequence[int]

@@ -29,7 +29,7 @@ from mlx_mtp.engine.request import Request
 from mlx_mtp.engine.scheduler import CacheCosts, Scheduler
 from mlx_mtp.kv_cache import GROW_STEP, KVCache, layer_shapes
 from mlx_mtp.models.target import Target
-from mlx_mtp.spec_decode.draft_length import AdaptiveLength, DraftLength, FixedLength, RoundCosts
+from mlx_mtp.spec_decode.draft_length import AdaptiveLength, DraftLength, FixedLength
 from mlx_mtp.spec_decode.loop import (
     DecodeState,
     DraftModel,
@@ -39,6 +39,7 @@ from mlx_mtp.spec_decode.loop import (
     padded,
     prefill_chunk,
 )
+from mlx_mtp.spec_decode.round_costs import RoundCosts
 from mlx_mtp.spec_decode.sampler import Sampler
 
 Progress = Callable[[int, int], None]
