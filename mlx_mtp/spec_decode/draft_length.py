@@ -27,7 +27,7 @@ LEAST_WEIGHT = 1.0  # observations of the first position that are never forgotte
 LOOSE = 1.0  # observations that are kept when the task changes
 FIRST_K = 1  # before any round was timed
 PLAIN_LOOK = 48  # timed rounds after which plain decoding is timed too, so that a request can be told what it saved
-SOONEST_LOOK, LATEST_LOOK = 4, 28  # plain rounds between two with a draft
+SOONEST_LOOK, LATEST_LOOK = 4, 36  # plain rounds between two with a draft
 
 
 class DraftLength(Protocol):

@@ -36,7 +36,7 @@ LIFETIME = 5000  # rounds after which costs, untimed, are as much in doubt as be
 DARING = 0.7  # of the doubt counts where costs are drawn: less than 1, since the next round draws again
 WELL_TIMED = 3  # timings
 USUAL_ACCEPTANCE = 0.6
-ACCEPTANCE_LIFETIME = 100  # drafts after which the acceptance that a new engine begins with has mostly been learnt anew
+ACCEPTANCE_LIFETIME = 60  # drafts after which the acceptance that a new engine begins with has mostly been learnt anew
 
 
 class RoundCosts:
