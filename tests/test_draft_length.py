@@ -84,20 +84,20 @@ def speed(chosen: list[int], cost: Cost, rows: int, acceptance: float) -> float:
 @pytest.mark.parametrize("cost", COSTS)
 def test_after_64_rounds_it_is_hardly_slower_than_the_best_fixed_k(cost: str, rows: int, acceptance: float) -> None:
     shares = []
-    for seed in range(3):
+    for seed in range(6):
         simulated = machine(cost, rows, seed)
         for _ in range(364):
             simulated.round(acceptance)
         found = speed(simulated.chosen[64:], COSTS[cost], rows, acceptance)
         shares.append(found / best_speed(COSTS[cost], rows, acceptance))
-    assert statistics.mean(shares) >= 0.965
+    assert statistics.mean(shares) >= 0.97
 
 
 @pytest.mark.parametrize("acceptance", [0.0, 0.3, 0.6, 0.8, 1.0])
 @pytest.mark.parametrize("cost", COSTS)
 def test_a_request_of_256_tokens_that_starts_cold_loses_little(cost: str, acceptance: float) -> None:
     shares = []
-    for seed in range(3):
+    for seed in range(12):
         simulated = machine(cost, 1, seed)
         while sum(tokens(acceptance, k) for k in simulated.chosen) < 256:
             simulated.round(acceptance)
@@ -144,7 +144,6 @@ def test_a_machine_whose_pace_wanders_misleads_it_little(cost: str, acceptance: 
             simulated.round(acceptance)
         found = speed(simulated.chosen[64:], COSTS[cost], 4, acceptance)
         shares.append(found / best_speed(COSTS[cost], 4, acceptance))
-    print(statistics.mean(shares), min(shares))
     assert statistics.mean(shares) >= 0.97
 
 

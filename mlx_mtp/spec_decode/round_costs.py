@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 Array = NDArray[np.float64]
 
 USUAL_STEP, SLOPE_DOUBT = 0.2, 0.3  # plain rounds a draft
-BUMP_DOUBT, FIRST_BUMP_DOUBT = 0.08, 0.16  # of log seconds, at each K; at the first, where the drafter comes in
+BUMP_DOUBT, FIRST_BUMP_DOUBT = 0.1, 0.16  # of log seconds, at each K; at the first, where the drafter comes in
 CLIFF, CLIFF_DOUBT = 0.25, 0.2  # of log seconds, at the first K of a verify block that is feared to be too wide
 PACE_DOUBT = 10.0  # before the first timing
 NOISE = 0.04  # of log seconds
