@@ -125,6 +125,19 @@ def test_it_gives_up_within_24_rounds_of_a_turn_and_comes_back_within_64(cost: s
         assert any(min(back[i : i + 3]) >= 1 for i in range(62)), back
 
 
+def test_one_row_is_mostly_back_soon_though_a_look_hears_of_one_draft_only() -> None:
+    rounds = []
+    for seed in range(60):
+        simulated = machine("experts read again", 1, seed)
+        for acceptance, count in ((0.8, 100), (0.0, 200), (0.8, 100)):
+            for _ in range(count):
+                simulated.round(acceptance)
+        back = simulated.chosen[300:]
+        rounds.append(next((i for i in range(97) if min(back[i : i + 3]) >= 1), 100))
+    assert statistics.median(rounds) <= 30
+    assert sum(each > 61 for each in rounds) <= 9
+
+
 def test_disturbed_timings_do_not_park_it_at_a_bad_k() -> None:
     simulated = machine("memory-bound", 1, 0, noise=0.3)
     for _ in range(400):
@@ -189,6 +202,17 @@ def test_a_first_round_of_its_kind_cannot_be_timed_so_it_is_run_again() -> None:
     firsts = {k: simulated.chosen.index(k) for k in simulated.chosen}
     assert len(firsts) > 3
     assert all(simulated.chosen[i + 1] == k for k, i in firsts.items())
+
+
+def test_a_round_is_run_again_only_at_its_own_width() -> None:
+    policy = AdaptiveLength(LONGEST, RoundCosts())
+    assert policy.choose(4) == 1  # nothing is known
+    policy.observe(4, 1, [0] * 4)
+    policy.observe_seconds(4, 1, None)
+    policy._repeated = 4, 5  # as if five drafts had just been tried
+    assert policy.choose(3) == 1
+    policy._repeated = 4, 5
+    assert policy.choose(4) == 5
 
 
 def test_where_plain_decoding_is_best_a_new_task_is_tried_with_a_draft_soon() -> None:

@@ -170,6 +170,7 @@ def test_more_drafts_than_were_asked_for_before_keep_what_is_known() -> None:
         for k, seconds in ((0, 1.0), (2, 2.0)):
             costs.observe(1, k, seconds, 2)
     before = costs.seconds(1, 2)
+    assert costs.seconds(1, 5).shape == (6,)
     assert costs.seconds(1, 5)[:3] == pytest.approx(before, rel=0.05)
     assert costs.seconds(1, 2) == pytest.approx(before, rel=0.05)
 

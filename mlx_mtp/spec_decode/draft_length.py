@@ -102,8 +102,6 @@ class Acceptance:
 
     def _is_surprised(self, tried: Sequence[int], kept: Sequence[int]) -> bool:
         """Counted by drafts that were reached: how many a row accepts in all varies far too much."""
-        if not tried:
-            return False
         fade = 1 - 1 / LATELY
         self._surplus *= fade
         self._variance *= fade**2
@@ -116,11 +114,6 @@ class Acceptance:
         """Keeps the means, but lets what comes now decide."""
         self._surplus = self._variance = 0.0
         self._fade(min(1.0, LOOSE / max(self._tried, default=LOOSE)))
-
-    @property
-    def is_firm(self) -> bool:
-        """Whether enough drafts were seen lately to rely on."""
-        return self._tried[0] >= FIRM
 
     def expected_tokens(self) -> list[float]:
         """T(K) for K = 0, 1, ..., longest."""
@@ -147,7 +140,7 @@ class AdaptiveLength:
     In every round it goes by costs that are drawn from what they may be: what is well timed and best runs nearly
     always, what is as good nearly as often, what is dear for certain never, and what is hardly known now and then.
     Where plain decoding is best nobody hears whether drafts would be right by now. So one is tried, at falling
-    frequency, but at once again if it is right and that is news.
+    frequency.
     """
 
     def __init__(self, longest: int, costs: RoundCosts) -> None:
@@ -157,7 +150,6 @@ class AdaptiveLength:
         self._generator = np.random.default_rng(0)
         self._repeated: tuple[int, int] | None = None  # rows and K of a first round of its kind, which is not timed
         self._wait = self._countdown = SOONEST_LOOK  # plain rounds before the next draft is tried
-        self._is_promising = False  # whether the last draft was right, for half of the rows, and little else is known
 
     def choose(self, rows: int) -> int:
         repeated, self._repeated = self._repeated, None
@@ -172,8 +164,6 @@ class AdaptiveLength:
         self._acceptance.observe(num_draft_tokens, accepted)
         if num_draft_tokens:
             self._costs.accept(accepted)
-            is_right = 2 * sum(count > 0 for count in accepted) >= len(accepted)
-            self._is_promising = is_right and not self._acceptance.is_firm
 
     def observe_seconds(self, rows: int, num_draft_tokens: int, seconds: float | None) -> None:
         self._costs.observe(rows, num_draft_tokens, seconds, self.longest)
@@ -200,10 +190,9 @@ class AdaptiveLength:
             self._wait = self._countdown = SOONEST_LOOK
             return k
         self._countdown -= 1
-        if self._countdown > 0 and not self._is_promising:
+        if self._countdown > 0:
             return 0
         self._wait = self._countdown = min(2 * self._wait, LATEST_LOOK)
-        self._is_promising = False
         return 1
 
 
