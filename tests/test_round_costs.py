@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from random import Random
 
 import numpy as np
 import pytest
@@ -19,10 +20,14 @@ def timed(costs: RoundCosts, k: int, *seconds: float, rows: int = 1) -> None:
         costs.observe(rows, k, each, LONGEST)
 
 
+def seconds_of(costs: RoundCosts, rows: int, longest: int) -> np.ndarray:
+    return np.array(costs.seconds(rows, longest))
+
+
 def doubt(costs: RoundCosts, k: int, rows: int = 1) -> float:
     """Of log seconds beyond those of K = 0, as drawn."""
-    generator = np.random.default_rng(0)
-    drawn = np.log([costs.drawn(rows, LONGEST, generator) for _ in range(400)])
+    random = Random(0)
+    drawn = np.log([costs.drawn(rows, LONGEST, random) for _ in range(400)])
     return float(np.std(drawn[:, k] - drawn[:, 0]))
 
 
@@ -49,7 +54,7 @@ def test_estimates_are_those_of_a_gaussian_process_conditioned_on_every_timing(m
     seen = pace + prior[np.ix_(ks, ks)] + NOISE**2 * np.eye(30)
     shared = prior[:, ks] + pace[-1]
     expected = np.log(line) + shared @ np.linalg.solve(seen, logs - np.log(line)[ks])
-    assert np.log(costs.seconds(1, LONGEST)) == pytest.approx(expected, abs=1e-6)
+    assert np.log(seconds_of(costs, 1, LONGEST)) == pytest.approx(expected, abs=1e-6)
 
 
 def test_an_unknown_cost_is_drawn_along_the_usual_line_until_more_is_known() -> None:
@@ -59,7 +64,7 @@ def test_an_unknown_cost_is_drawn_along_the_usual_line_until_more_is_known() -> 
     assert not costs.is_known  # the first of its kind
     costs.observe(1, 3, 1.6, LONGEST)
     assert costs.is_known
-    assert costs.seconds(1, 3) == pytest.approx([1.0, 1.2, 1.4, 1.6], rel=0.01)
+    assert seconds_of(costs, 1, 3) == pytest.approx([1.0, 1.2, 1.4, 1.6], rel=0.01)
 
 
 def test_two_steep_costs_make_those_between_and_beyond_them_steep() -> None:
@@ -67,7 +72,7 @@ def test_two_steep_costs_make_those_between_and_beyond_them_steep() -> None:
     for _ in range(4):
         timed(costs, 1, 2.0)
         timed(costs, 4, 5.0)
-    seconds = costs.seconds(1, LONGEST)
+    seconds = seconds_of(costs, 1, LONGEST)
     assert seconds[[1, 4]] == pytest.approx([2.0, 5.0], rel=0.05)
     assert 2.3 < seconds[2] < seconds[3] < 4.6
     assert seconds[0] < 1.6  # the usual step alone would make it 1.67
@@ -81,7 +86,7 @@ def test_a_machine_that_slows_down_does_not_make_the_k_that_ran_look_dear() -> N
         timed(costs, 3, 1.5)
     for _ in range(60):
         timed(costs, 3, 1.5 * 1.4)
-    plain, *_, drafted = costs.seconds(1, 3)
+    plain, *_, drafted = seconds_of(costs, 1, 3)
     assert drafted == pytest.approx(1.5 * 1.4, rel=0.01)
     assert drafted / plain == pytest.approx(1.5, rel=0.03)
 
@@ -93,15 +98,15 @@ def test_a_disturbance_passes_and_a_lasting_change_is_believed(times: int) -> No
         timed(costs, 0, 1.0)
         timed(costs, 3, 1.5)
     timed(costs, 3, 1.5 * times, 1.5, 1.5)
-    assert costs.seconds(1, 3)[[0, 3]] == pytest.approx([1.0, 1.5], rel=0.08)
+    assert seconds_of(costs, 1, 3)[[0, 3]] == pytest.approx([1.0, 1.5], rel=0.08)
     timed(costs, 3, *[1.5 * times] * 3)
-    assert costs.seconds(1, 3)[[0, 3]] == pytest.approx([1.0 * times, 1.5 * times], rel=0.15)
+    assert seconds_of(costs, 1, 3)[[0, 3]] == pytest.approx([1.0 * times, 1.5 * times], rel=0.15)
 
 
 def test_a_first_timing_that_was_disturbed_is_forgotten_soon() -> None:
     costs = RoundCosts()
     timed(costs, 3, 6.0, 1.5, 1.5, 1.5)
-    assert costs.seconds(1, 3) == pytest.approx([1.5 / 1.6 * each for each in (1.0, 1.2, 1.4, 1.6)], rel=0.1)
+    assert seconds_of(costs, 1, 3) == pytest.approx([1.5 / 1.6 * each for each in (1.0, 1.2, 1.4, 1.6)], rel=0.1)
 
 
 def test_doubt_falls_with_every_timing_and_most_for_the_k_that_was_timed() -> None:
@@ -133,9 +138,9 @@ def test_drawn_costs_never_fall_with_more_drafts() -> None:
     for _ in range(5):
         timed(costs, 2, 1.5)
         timed(costs, 3, 1.3)  # disturbed, or not: nobody may count on it
-    generator = np.random.default_rng(0)
+    random = Random(0)
     for _ in range(50):
-        assert (np.diff(costs.drawn(1, LONGEST, generator)) >= 0).all()
+        assert (np.diff(costs.drawn(1, LONGEST, random)) >= 0).all()
 
 
 def test_a_known_cliff_is_feared_until_it_is_measured() -> None:
@@ -144,13 +149,13 @@ def test_a_known_cliff_is_feared_until_it_is_measured() -> None:
         for _ in range(3):
             timed(costs, 0, 1.0)
             timed(costs, 3, 1.3)
-    assert feared.seconds(1, 4)[:4] == pytest.approx(plain.seconds(1, 4)[:4], rel=0.02)
-    assert feared.seconds(1, 4)[4] == pytest.approx(1.28 * plain.seconds(1, 4)[4], rel=0.03)
+    assert seconds_of(feared, 1, 4)[:4] == pytest.approx(seconds_of(plain, 1, 4)[:4], rel=0.02)
+    assert seconds_of(feared, 1, 4)[4] == pytest.approx(1.28 * seconds_of(plain, 1, 4)[4], rel=0.03)
     assert RoundCosts(widest_block=8).seconds(1, LONGEST) == pytest.approx(RoundCosts().seconds(1, LONGEST))
     for _ in range(3):
         timed(feared, 4, 1.41)
         timed(feared, 3, 1.3)
-    assert feared.seconds(1, 5)[4] == pytest.approx(1.41, rel=0.03)
+    assert seconds_of(feared, 1, 5)[4] == pytest.approx(1.41, rel=0.03)
 
 
 def test_a_new_width_begins_with_the_costs_of_the_nearest_one_at_its_own_pace() -> None:
@@ -160,7 +165,7 @@ def test_a_new_width_begins_with_the_costs_of_the_nearest_one_at_its_own_pace() 
             timed(costs, k, seconds, rows=4)
             timed(costs, k, 1 + 0.01 * k, rows=1)
     timed(costs, 0, 2.0, rows=6)
-    assert costs.seconds(6, LONGEST)[[0, 3, 7]] == pytest.approx([2.0, 6.0, 12.0], rel=0.15)
+    assert seconds_of(costs, 6, LONGEST)[[0, 3, 7]] == pytest.approx([2.0, 6.0, 12.0], rel=0.15)
     assert doubt(costs, 7, rows=6) > 2 * doubt(costs, 7, rows=4)
 
 
@@ -169,10 +174,10 @@ def test_more_drafts_than_were_asked_for_before_keep_what_is_known() -> None:
     for _ in range(5):
         for k, seconds in ((0, 1.0), (2, 2.0)):
             costs.observe(1, k, seconds, 2)
-    before = costs.seconds(1, 2)
-    assert costs.seconds(1, 5).shape == (6,)
-    assert costs.seconds(1, 5)[:3] == pytest.approx(before, rel=0.05)
-    assert costs.seconds(1, 2) == pytest.approx(before, rel=0.05)
+    before = seconds_of(costs, 1, 2)
+    assert seconds_of(costs, 1, 5).shape == (6,)
+    assert seconds_of(costs, 1, 5)[:3] == pytest.approx(before, rel=0.05)
+    assert seconds_of(costs, 1, 2) == pytest.approx(before, rel=0.05)
 
 
 def test_costs_survive_being_written_and_read_and_nonsense_in_their_place() -> None:
@@ -189,7 +194,7 @@ def test_costs_survive_being_written_and_read_and_nonsense_in_their_place() -> N
     assert again.knows_plain
     assert again.timings(2) == 0
     assert again.to_json() == {}  # nothing measured in this process
-    assert again.seconds(2, 3)[[0, 3]] == pytest.approx([1.0, 2.0], rel=0.05)
-    assert again.seconds(4, 3)[[0, 3]] == pytest.approx([1.0, 2.0], rel=0.05)  # no timing of this width was fit to keep
+    assert seconds_of(again, 2, 3)[[0, 3]] == pytest.approx([1.0, 2.0], rel=0.05)
+    assert seconds_of(again, 4, 3)[[0, 3]] == pytest.approx([1.0, 2.0], rel=0.05)  # no timing of this width was fit to keep
     timed(again, 3, 20.0, rows=2)  # the machine is slower today
-    assert again.seconds(2, 3)[[0, 3]] == pytest.approx([10.0, 20.0], rel=0.05)
+    assert seconds_of(again, 2, 3)[[0, 3]] == pytest.approx([10.0, 20.0], rel=0.05)

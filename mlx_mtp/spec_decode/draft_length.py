@@ -12,12 +12,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from operator import mul
+from operator import mul, truediv
+from random import Random
 from typing import Protocol
 
-import numpy as np
-
-from mlx_mtp.spec_decode.round_costs import USUAL_ACCEPTANCE, Array, RoundCosts
+from mlx_mtp.spec_decode.round_costs import USUAL_ACCEPTANCE, RoundCosts
 
 MEMORY = 120  # rounds after which an observation counts for 1/e
 SURPRISE = 3.0  # standard deviations from what was expected, lately, that make the past count for little
@@ -147,7 +146,7 @@ class AdaptiveLength:
         self.longest = longest
         self._costs = costs
         self._acceptance = Acceptance(longest, costs.usual_acceptance)
-        self._generator = np.random.default_rng(0)
+        self._random = Random(0)
         self._repeated: tuple[int, int] | None = None  # rows and K of a first round of its kind, which is not timed
         self._wait = self._countdown = SOONEST_LOOK  # plain rounds before the next draft is tried
 
@@ -175,7 +174,7 @@ class AdaptiveLength:
     def plain_seconds(self, tokens_by_rows: Mapping[int, int]) -> float | None:
         if not self._costs.knows_plain:
             return None
-        return sum(tokens * float(self._costs.seconds(rows, self.longest)[0])
+        return sum(tokens * self._costs.seconds(rows, self.longest)[0]
                    for rows, tokens in tokens_by_rows.items())
 
     def _choose(self, rows: int) -> int:
@@ -184,7 +183,7 @@ class AdaptiveLength:
         is_settled = self._costs.timings(rows) >= PLAIN_LOOK
         if is_settled and not self._costs.knows_plain and not self._costs.has_begun(rows, 0):
             return 0
-        costs = self._costs.drawn(rows, self.longest, self._generator)
+        costs = self._costs.drawn(rows, self.longest, self._random)
         k = _best(self._acceptance.expected_tokens(), costs)
         if k:
             self._wait = self._countdown = SOONEST_LOOK
@@ -196,5 +195,6 @@ class AdaptiveLength:
         return 1
 
 
-def _best(tokens: Sequence[float], seconds: Array) -> int:
-    return int(np.argmax(np.array(tokens) / seconds))
+def _best(tokens: Sequence[float], seconds: Sequence[float]) -> int:
+    speeds = list(map(truediv, tokens, seconds))
+    return speeds.index(max(speeds))

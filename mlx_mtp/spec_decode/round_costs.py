@@ -10,6 +10,8 @@ costs as they may well be, and who goes by them tries a K as often as it may be 
 
 What is believed before any timing is a line, one more draft for USUAL_STEP plain rounds, of uncertain slope and with a
 bump at every K. So neighbours speak for each other, and the more so the nearer they are.
+
+The matrices are 8 x 8, and one of each is met in a round: lists take a third of the time that arrays take for that.
 """
 
 from __future__ import annotations
@@ -17,12 +19,10 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
+from operator import mul
+from random import Random
 from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
-
-Array = NDArray[np.float64]
 
 USUAL_STEP, SLOPE_DOUBT = 0.2, 0.3  # plain rounds a draft
 BUMP_DOUBT, FIRST_BUMP_DOUBT = 0.1, 0.16  # of log seconds, at each K; at the first, where the drafter comes in
@@ -86,21 +86,20 @@ class RoundCosts:
         """How many rounds of this width were timed."""
         return self._widths[rows].times.total() if rows in self._widths else 0
 
-    def seconds(self, rows: int, longest: int) -> Array:
-        """Of K = 0, 1, ..., longest, as far as is known: [longest + 1]. Something `is_known`."""
+    def seconds(self, rows: int, longest: int) -> list[float]:
+        """Of K = 0, 1, ..., longest, as far as is known. Something `is_known`."""
         width = self._width(rows, longest)
-        return np.exp(width.pace + width.extra)[: longest + 1]
+        return [math.exp(width.pace + extra) for extra in width.extra[: longest + 1]]
 
-    def drawn(self, rows: int, longest: int, generator: np.random.Generator) -> Array:
+    def drawn(self, rows: int, longest: int, random: Random) -> list[float]:
         """As `seconds`, but drawn from what they may be. No K takes less than one with fewer drafts."""
         width = self._width(rows, longest)
-        extra = np.concatenate([[0.0], generator.multivariate_normal(
-            width.mean[1:], DARING**2 * width.covariance[1:, 1:], check_valid="ignore", method="cholesky")])
-        return np.exp(width.pace + np.maximum.accumulate(extra))[: longest + 1]
+        extra = [0.0, *width.drawn(random)]
+        return [math.exp(width.pace + most) for most in accumulate(extra[: longest + 1], max)]
 
     def to_json(self) -> dict[str, dict[str, float]]:
         """Rows -> K -> seconds, of what is well timed."""
-        return {str(rows): {str(k): float(math.exp(width.pace + width.extra[k])) for k, count in width.times.items()
+        return {str(rows): {str(k): math.exp(width.pace + width.extra[k]) for k, count in width.times.items()
                             if count >= WELL_TIMED}
                 for rows, width in self._widths.items()}
 
@@ -129,59 +128,73 @@ class _Width:
     def __init__(self, longest: int, widest_block: int | None) -> None:
         self.longest = longest
         self.times: Counter[int] = Counter()  # by K
-        drafts = np.arange(1, longest + 1)
-        line = 1 + USUAL_STEP * drafts
-        bumps = np.where(drafts == 1, FIRST_BUMP_DOUBT, BUMP_DOUBT)
-        self.mean: Array = np.concatenate([[0.0], np.log(line)])
+        drafts = range(1, longest + 1)
+        line = [1 + USUAL_STEP * k for k in drafts]
+        self.mean = [0.0, *map(math.log, line)]
+        bumps = [BUMP_DOUBT if k > 1 else FIRST_BUMP_DOUBT for k in drafts]
         if widest_block is not None and widest_block <= longest:
-            self.mean[widest_block:] += CLIFF
+            self.mean[widest_block:] = [mean + CLIFF for mean in self.mean[widest_block:]]
             bumps[widest_block - 1] = CLIFF_DOUBT
-        steps = np.tril(np.ones((longest, longest))) * bumps
-        slope = SLOPE_DOUBT * drafts / line
-        self._prior = np.zeros((longest + 1, longest + 1))
-        self._prior[1:, 1:] = steps @ steps.T + np.outer(slope, slope)
-        self.covariance: Array = self._prior.copy()
-        self._forget_pace()
+        slopes = [SLOPE_DOUBT * k / total for k, total in zip(drafts, line, strict=True)]
+        bumped = list(accumulate(bump**2 for bump in bumps))  # those up to min(i, j) are in c(i) and in c(j)
+        prior = [[slopes[i] * slopes[j] + bumped[min(i, j)] for j in range(longest)] for i in range(longest)]
+        self.covariance = [[PACE_DOUBT**2, *[0.0] * longest], *([0.0, *row] for row in prior)]
+        self._drift = [[WALK**2, *[0.0] * longest], *([0.0, *(each / LIFETIME for each in row)] for row in prior)]
 
     @property
     def pace(self) -> float:
-        return float(self.mean[0])
+        return self.mean[0]
 
     @property
-    def extra(self) -> Array:
+    def extra(self) -> list[float]:
         """c(K) for K = 0, 1, ..., longest."""
-        return np.concatenate([[0.0], self.mean[1:]])
+        return [0.0, *self.mean[1:]]
 
     @property
     def known(self) -> dict[int, float]:
         """K -> seconds, of those that were timed."""
         return {k: math.exp(self.pace + self.extra[k]) for k in self.times}
 
+    def drawn(self, random: Random) -> list[float]:
+        """c(1), ..., c(longest) as they may be, with a part of the doubt: mean + DARING * factor @ normals."""
+        factor = _cholesky([row[1:] for row in self.covariance[1:]])
+        normals = [random.gauss(0.0, DARING) for _ in factor]
+        return [mean + sum(map(mul, row, normals)) for mean, row in zip(self.mean[1:], factor, strict=True)]
+
     def begin(self, known: Mapping[int, float], doubt: float) -> None:
         """Takes costs from elsewhere as one timing each; their pace was another one."""
         for k, seconds in known.items():
             if k <= self.longest:
                 self._learn(k, math.log(seconds), doubt)
-        self._forget_pace()
+        for row in self.covariance:
+            row[0] = 0.0
+        self.covariance[0] = [PACE_DOUBT**2, *[0.0] * self.longest]
 
     def observe(self, k: int, seconds: float) -> None:
-        self.covariance += self._prior / LIFETIME
-        self.covariance[0, 0] += WALK**2
         self._learn(k, math.log(seconds), NOISE)
         self.times[k] += 1
 
     def _learn(self, k: int, log_seconds: float, noise: float) -> None:
         """A Kalman update. What is off by far counts in part, and makes the pace doubtful: so it counts if it lasts."""
-        seen = [0, k] if k else [0]
-        shared = self.covariance[:, seen].sum(axis=1)
-        variance = shared[seen].sum() + noise**2
-        off = log_seconds - self.mean[seen].sum()
+        shared = [row[0] + row[k] for row in self.covariance] if k else [row[0] for row in self.covariance]
+        variance = noise**2 + shared[0] + (shared[k] if k else 0.0)
+        off = log_seconds - self.mean[0] - (self.mean[k] if k else 0.0)
         most = MOST_OFF * math.sqrt(variance)
         believed = min(max(off, -most), most)
-        self.mean += shared * (believed / variance)
-        self.covariance -= np.outer(shared, shared) / variance
-        self.covariance[0, 0] += (off - believed) ** 2
+        gains = [each / variance for each in shared]
+        self.mean = [mean + gain * believed for mean, gain in zip(self.mean, gains, strict=True)]
+        self.covariance = [[each - gain * other + drift for each, other, drift in zip(row, shared, drifts, strict=True)]
+                           for row, gain, drifts in zip(self.covariance, gains, self._drift, strict=True)]
+        self.covariance[0][0] += (off - believed) ** 2
 
-    def _forget_pace(self) -> None:
-        self.covariance[0, :] = self.covariance[:, 0] = 0.0
-        self.covariance[0, 0] = PACE_DOUBT**2
+
+def _cholesky(matrix: Sequence[Sequence[float]]) -> list[list[float]]:
+    """The lower triangle whose product with its transpose is this positive matrix, row by row."""
+    factor: list[list[float]] = []
+    for row in matrix:
+        new: list[float] = []
+        for each, above in zip(row, factor, strict=False):
+            new.append((each - sum(map(mul, new, above))) / above[-1])
+        new.append(math.sqrt(row[len(new)] - sum(map(mul, new, new))))
+        factor.append(new)
+    return factor
