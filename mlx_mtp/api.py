@@ -268,7 +268,7 @@ def stream_requests(
                 yield Segment(index, text, tokens)
                 continue
             del running[request]
-            stats = request.stats(mx.get_peak_memory() / memory.GB)
+            stats = request.stats(mx.get_peak_memory() / memory.GB, engine.plain_seconds(request))
             yield Segment(index, text, tokens, Result(stream.text, request.tokens, request.finish_reason, stats))
     finally:
         remember(pair)

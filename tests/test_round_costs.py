@@ -27,7 +27,7 @@ def seconds_of(costs: RoundCosts, rows: int, longest: int) -> np.ndarray:
 def doubt(costs: RoundCosts, k: int, rows: int = 1) -> float:
     """Of log seconds beyond those of K = 0, as drawn."""
     random = Random(0)
-    drawn = np.log([costs.drawn(rows, LONGEST, random) for _ in range(400)])
+    drawn = np.log([costs.drawn(rows, LONGEST, LONGEST, random) for _ in range(400)])
     return float(np.std(drawn[:, k] - drawn[:, 0]))
 
 
@@ -140,7 +140,7 @@ def test_drawn_costs_never_fall_with_more_drafts() -> None:
         timed(costs, 3, 1.3)  # disturbed, or not: nobody may count on it
     random = Random(0)
     for _ in range(50):
-        assert (np.diff(costs.drawn(1, LONGEST, random)) >= 0).all()
+        assert (np.diff(costs.drawn(1, LONGEST, LONGEST, random)) >= 0).all()
 
 
 def test_a_known_cliff_is_feared_until_it_is_measured() -> None:
@@ -195,6 +195,6 @@ def test_costs_survive_being_written_and_read_and_nonsense_in_their_place() -> N
     assert again.timings(2) == 0
     assert again.to_json() == {}  # nothing measured in this process
     assert seconds_of(again, 2, 3)[[0, 3]] == pytest.approx([1.0, 2.0], rel=0.05)
-    assert seconds_of(again, 4, 3)[[0, 3]] == pytest.approx([1.0, 2.0], rel=0.05)  # no timing of this width was fit to keep
+    assert seconds_of(again, 4, 3)[[0, 3]] == pytest.approx([1.0, 2.0], rel=0.05)  # no timing of it was fit to keep
     timed(again, 3, 20.0, rows=2)  # the machine is slower today
     assert seconds_of(again, 2, 3)[[0, 3]] == pytest.approx([10.0, 20.0], rel=0.05)

@@ -150,6 +150,10 @@ class Engine:
             events += self._land(self._flights.popleft())
         return events
 
+    def plain_seconds(self, request: Request) -> float | None:
+        """What its tokens would have taken without drafts, by the rounds of K = 0 that were timed; None if none was."""
+        return self._draft_length.plain_seconds(request.tokens_by_rows)
+
     def check(self, request: Request) -> None:
         """Raises MemoryBudgetError for a request that could not run even alone."""
         self._scheduler.check(request)
@@ -315,7 +319,6 @@ class Engine:
         events = []
         for request, row in live:
             events.append(Event(request, request.receive(row[: row[-1] + 1], num_drafted, width)))
-            request.plain_seconds = self._draft_length.plain_seconds(request.tokens_by_rows)
         return events
 
     def _time(self, flight: _Flight, took: float, waited: float) -> None:

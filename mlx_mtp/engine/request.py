@@ -66,7 +66,6 @@ class Request:
     committed: int = 0  # tokens in the cache as far as the host has read, those after a stop included
     rounds_by_length: Counter[int] = field(default_factory=Counter)
     tokens_by_rows: Counter[int] = field(default_factory=Counter)  # of the batch that they came in
-    plain_seconds: float | None = None
     accepted_counts: list[int] = field(default_factory=list)
     last_taken: int = 0
     submitted: float = field(default_factory=time.perf_counter)
@@ -146,7 +145,8 @@ class Request:
             self.accepted_counts[-1] = min(self.accepted_counts[-1], self.last_taken - surplus)
         return surplus
 
-    def stats(self, peak_memory: float) -> RequestStats:
+    def stats(self, peak_memory: float, plain_seconds: float | None = None) -> RequestStats:
+        """What only the engine knows, `Engine.plain_seconds`, and what only MLX does are the caller's to give."""
         accepted = sum(self.accepted_counts)
         longest = max(self.accepted_counts, default=0)
         ttft = self.first_token_at - self.submitted
@@ -165,6 +165,6 @@ class Request:
             prompt_tps=(len(self.prompt) - self.reused) / prefill if prefill > 0 else 0.0,
             generation_tps=(len(self.tokens) - 1) / decoding if decoding > 0 and self.tokens else 0.0,
             ttft=ttft,
-            plain_seconds=self.plain_seconds,
+            plain_seconds=plain_seconds,
             peak_memory=peak_memory,
         )

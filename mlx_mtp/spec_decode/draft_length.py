@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from operator import mul, truediv
 from random import Random
 from typing import Protocol
@@ -24,6 +24,7 @@ LATELY = 6  # rounds
 FIRM = 8.0  # observations that the acceptance one position earlier counts for
 LEAST_WEIGHT = 1.0  # observations of the first position that are never forgotten: the mean stays, less firmly
 LOOSE = 1.0  # observations that are kept when the task changes
+LEAST_GAIN = 0.01  # tokens a round that the last draft must be expected to bring
 FIRST_K = 1  # before any round was timed
 PLAIN_LOOK = 48  # timed rounds after which plain decoding is timed too, so that a request can be told what it saved
 SOONEST_LOOK, LATEST_LOOK = 4, 36  # plain rounds between two with a draft
@@ -183,8 +184,9 @@ class AdaptiveLength:
         is_settled = self._costs.timings(rows) >= PLAIN_LOOK
         if is_settled and not self._costs.knows_plain and not self._costs.has_begun(rows, 0):
             return 0
-        costs = self._costs.drawn(rows, self.longest, self._random)
-        k = _best(self._acceptance.expected_tokens(), costs)
+        tokens = self._acceptance.expected_tokens()
+        wanted = sum(more - before >= LEAST_GAIN for before, more in pairwise(tokens))
+        k = _best(tokens[: wanted + 1], self._costs.drawn(rows, self.longest, wanted, self._random))
         if k:
             self._wait = self._countdown = SOONEST_LOOK
             return k

@@ -91,11 +91,10 @@ class RoundCosts:
         width = self._width(rows, longest)
         return [math.exp(width.pace + extra) for extra in width.extra[: longest + 1]]
 
-    def drawn(self, rows: int, longest: int, random: Random) -> list[float]:
-        """As `seconds`, but drawn from what they may be. No K takes less than one with fewer drafts."""
+    def drawn(self, rows: int, longest: int, wanted: int, random: Random) -> list[float]:
+        """As `seconds`, up to K = wanted, but as they may well be. No K takes less than one with fewer drafts."""
         width = self._width(rows, longest)
-        extra = [0.0, *width.drawn(random)]
-        return [math.exp(width.pace + most) for most in accumulate(extra[: longest + 1], max)]
+        return [math.exp(width.pace + most) for most in accumulate([0.0, *width.drawn(wanted, random)], max)]
 
     def to_json(self) -> dict[str, dict[str, float]]:
         """Rows -> K -> seconds, of what is well timed."""
@@ -155,11 +154,11 @@ class _Width:
         """K -> seconds, of those that were timed."""
         return {k: math.exp(self.pace + self.extra[k]) for k in self.times}
 
-    def drawn(self, random: Random) -> list[float]:
-        """c(1), ..., c(longest) as they may be, with a part of the doubt: mean + DARING * factor @ normals."""
-        factor = _cholesky([row[1:] for row in self.covariance[1:]])
+    def drawn(self, wanted: int, random: Random) -> list[float]:
+        """c(1), ..., c(wanted) as they may be, with a part of the doubt: mean + DARING * factor @ normals."""
+        factor = _cholesky([row[1:] for row in self.covariance[1 : wanted + 1]])
         normals = [random.gauss(0.0, DARING) for _ in factor]
-        return [mean + sum(map(mul, row, normals)) for mean, row in zip(self.mean[1:], factor, strict=True)]
+        return [mean + sum(map(mul, row, normals)) for mean, row in zip(self.mean[1:], factor, strict=False)]
 
     def begin(self, known: Mapping[int, float], doubt: float) -> None:
         """Takes costs from elsewhere as one timing each; their pace was another one."""
