@@ -3,11 +3,12 @@
     python -m bench.never_slower [FOLDER] [--rows 1 4 8] [--acceptance 0 0.4 0.8 1]     FOLDER as in bench.serving
 
 The engine decodes with "auto", cold. Every 32 rounds it is halted, and for each K some rounds over the same texts are
-timed, by engines that began with it. The Ks it chose are priced with the medians of those: so a machine that is
-disturbed now and then, or slow for a while, may mislead the controller, but not this comparison. Of eight prices with
-some noise the best one is mostly a lucky one: so one half of the rounds says which K is best, and the other half what
-it and the chosen ones cost, and the other way round. "luckiest" is against the best of all the prices, and the clock's
-own figure stands beside it.
+timed, by engines that began with it. The Ks it chose are priced with the medians of those, and with what choosing them
+took: so a machine that is disturbed now and then, or slow for a while, may mislead the controller, but not this
+comparison. (A GPU works on while the host chooses, so there choosing is priced too high.) Of eight prices with some
+noise the best one is mostly a lucky one: so one half of the rounds says which K is best, and the other half what it and
+the chosen ones cost, and the other way round. "luckiest" is against the best of all the prices, and the clock's own
+figure stands beside it.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import statistics
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -34,12 +35,13 @@ from mlx_mtp.config import EngineConfig, SamplingParams
 from mlx_mtp.engine.engine import Engine
 from mlx_mtp.engine.request import Request
 from mlx_mtp.models.drafter import Drafter
+from mlx_mtp.spec_decode.draft_length import DraftLength
 
 PROMPT = 48
 TOKENS = 1000  # of each text
 ROUNDS = 160
 PRICED_EVERY = 32  # rounds
-BLOCKS = 2  # of each K, each time
+BLOCKS, PRICED_FOR = 2, 3.0  # of each K, each time, at least; and seconds for all of them
 SETTLED = 64  # rounds after which it should know
 COLD = 256  # tokens of a whole request
 
@@ -62,9 +64,11 @@ class Prices:
             timer()  # warms up
 
     def measure(self) -> None:
-        for _ in range(BLOCKS):
+        began, count = time.perf_counter(), 0
+        while count < BLOCKS or time.perf_counter() - began < PRICED_FOR:
             for blocks, timer in zip(self._blocks, self._timers, strict=True):
                 blocks.append(timer())
+            count += 1
 
     def seconds(self) -> list[float]:
         return [statistics.median(blocks) for blocks in self._blocks]
@@ -86,16 +90,39 @@ def texts(pair: Pair, rows: int) -> list[list[int]]:
 
 @dataclass(frozen=True)
 class Seen:
-    """One cold run: its Ks in order, tokens a row, and seconds by the clock."""
+    """One cold run: its Ks in order, tokens a row, and seconds by the clock, of the whole round and of choosing."""
 
     lengths: list[int]
     tokens: list[float]
     seconds: list[float]
+    choosing: list[float]
 
     def speed(self, round_costs: Sequence[float], start: int, stop: int) -> float:
-        """Tokens a second of a row in these rounds, each priced by its K."""
-        chosen = range(start, min(stop, len(self.lengths)))
-        return sum(self.tokens[i] for i in chosen) / sum(round_costs[self.lengths[i]] for i in chosen)
+        """Tokens a second of a row in these rounds, each priced by its K and by what choosing took in the median."""
+        chosen, choosing = range(start, min(stop, len(self.lengths))), statistics.median(self.choosing)
+        return sum(self.tokens[i] for i in chosen) / sum(round_costs[self.lengths[i]] + choosing for i in chosen)
+
+
+@dataclass
+class Clocked:
+    """A controller that counts the seconds that are spent in it."""
+
+    policy: DraftLength
+    seconds: float = 0.0
+
+    @property
+    def longest(self) -> int:
+        return self.policy.longest
+
+    def __getattr__(self, name: str) -> Callable[..., object]:
+        def call(*arguments: object) -> object:
+            began = time.perf_counter()
+            try:
+                return getattr(self.policy, name)(*arguments)
+            finally:
+                self.seconds += time.perf_counter() - began
+
+        return call
 
 
 class _Noted(Engine):
@@ -105,11 +132,14 @@ class _Noted(Engine):
         lengths: list[int] = []
         tokens: list[float] = []
         seconds: list[float] = []
+        choosing: list[float] = []
+        clocked = Clocked(self._draft_length)
+        self._draft_length = cast(DraftLength, clocked)
         for request in requests:
             self.submit(request)
         while len(lengths) < ROUNDS and not any(request.is_finished for request in requests):
             before = [Counter(request.rounds_by_length) for request in requests]
-            began = time.perf_counter()
+            began, clocked.seconds = time.perf_counter(), 0.0
             events = self.step()
             took = time.perf_counter() - began
             new = Counter(requests[0].rounds_by_length) - before[0]
@@ -117,10 +147,11 @@ class _Noted(Engine):
                 lengths += new.elements()
                 tokens.append(sum(len(event.tokens) for event in events) / len(requests))
                 seconds.append(took)
+                choosing.append(clocked.seconds)
                 if len(lengths) % PRICED_EVERY == 0:
                     prices.measure()
                     self._landed_at, self._is_disturbed = time.perf_counter(), True  # the halt is no round's time
-        return Seen(lengths, tokens, seconds)
+        return Seen(lengths, tokens, seconds, choosing)
 
 
 def expected(acceptance: float, k: int) -> float:
@@ -138,7 +169,7 @@ def compare(pair: Pair, rows: int, acceptance: float, known: list[list[int]]) ->
     requests = [Request(text[:PROMPT], SamplingParams(TOKENS), frozenset(), 10**6) for text in known]
     seen = engine.rounds(requests, prices)
     # The text's own share of right drafts differs a little from the one asked for; tokens are therefore expected ones.
-    priced = Seen(seen.lengths, [expected(acceptance, k) for k in seen.lengths], seen.seconds)
+    priced = dataclasses.replace(seen, tokens=[expected(acceptance, k) for k in seen.lengths])
     cold = next((i for i in range(len(priced.tokens)) if sum(priced.tokens[: i + 1]) >= COLD), len(priced.tokens))
     parts = ((SETTLED, ROUNDS), (0, cold + 1))
 
@@ -159,6 +190,7 @@ def compare(pair: Pair, rows: int, acceptance: float, known: list[list[int]]) ->
           f"auto after {SETTLED} rounds {late:.3f} (luckiest {luckiest[0]:.3f}), "
           f"first {COLD} tokens {begun:.3f} ({luckiest[1]:.3f}); by the clock {clock / speed:.2f}; "
           f"Ks {dict(sorted(Counter(seen.lengths[SETTLED:]).items()))}; "
+          f"choosing {1e3 * statistics.median(seen.choosing):.2f} ms, "
           f"ms by K {' '.join(f'{1e3 * seconds:.1f}' for seconds in costs)}", flush=True)
 
 

@@ -4,14 +4,18 @@
                                                       programs, and with the context for all K alike
                                                 c(K)  what K drafts cost more than none; c(0) = 0
 
-Both are estimated together, so a K is not thought dear because it ran while the machine was slow, and what one timing
-cannot tell apart stays in doubt until another K is timed. The doubt is worth as much as the estimate: `drawn` gives
-costs as they may well be, and who goes by them tries a K as often as it may be the best (Thompson sampling).
+What is timed is not quite that. The host may read a round late, when much of the next one is done (MLX's CPU backend
+lets it no sooner), so the end of a round is in the time of the next: (1 - late) c(K) + late c(K of the round before).
+
+All three are estimated together, so a K is not thought dear because it ran while the machine was slow or after a longer
+round, and what one timing cannot tell apart stays in doubt until another K is timed. The doubt is worth as much as the
+estimate: `drawn` gives costs as they may well be, and who goes by them tries a K as often as it may be the best
+(Thompson sampling).
 
 What is believed before any timing is a line, one more draft for USUAL_STEP plain rounds, of uncertain slope and with a
 bump at every K. So neighbours speak for each other, and the more so the nearer they are.
 
-The matrices are 8 x 8, and one of each is met in a round: lists take a third of the time that arrays take for that.
+The matrices are 10 x 10, and met once a round: lists take a third of the time that arrays take for that.
 """
 
 from __future__ import annotations
@@ -28,8 +32,9 @@ USUAL_STEP, SLOPE_DOUBT = 0.2, 0.3  # plain rounds a draft
 BUMP_DOUBT, FIRST_BUMP_DOUBT = 0.1, 0.16  # of log seconds, at each K; at the first, where the drafter comes in
 CLIFF, CLIFF_DOUBT = 0.25, 0.2  # of log seconds, at the first K of a verify block that is feared to be too wide
 PACE_DOUBT = 10.0  # before the first timing
-NOISE = 0.04  # of log seconds
-WALK = 0.04  # of the pace, from round to round
+NOISE = 0.05  # of log seconds
+LATE, LATE_DOUBT = 0.1, 0.1  # share of a round
+WALK = 0.1  # of the pace, from round to round
 MOST_OFF = 2.5  # standard deviations; what a timing is off by more is a disturbance, unless it lasts
 OTHER_WIDTH_DOUBT = 0.1  # of log seconds, where nothing is known but the costs of another width
 LIFETIME = 5000  # rounds after which costs, untimed, are as much in doubt as before any timing
@@ -37,6 +42,9 @@ DARING = 0.7  # of the doubt counts where costs are drawn: less than 1, since th
 WELL_TIMED = 3  # timings
 USUAL_ACCEPTANCE = 0.6
 ACCEPTANCE_LIFETIME = 60  # drafts after which the acceptance that a new engine begins with has mostly been learnt anew
+
+
+_PACE, _LATE = -2, -1  # in a filter's state
 
 
 class RoundCosts:
@@ -52,6 +60,7 @@ class RoundCosts:
         self._restored: dict[int, dict[int, float]] = {}
         self._widths: dict[int, _Width] = {}
         self._begun: set[tuple[int, int]] = set()
+        self._last = 0, 0  # rows and K
 
     @property
     def is_known(self) -> bool:
@@ -64,14 +73,17 @@ class RoundCosts:
         return any(0 in by_k for by_k in restored) or any(0 in times for times in timed)
 
     def observe(self, rows: int, num_draft_tokens: int, seconds: float | None, longest: int) -> None:
-        """seconds: None if it could not be timed. The first round of its kind never counts: it makes new buffers.
+        """Of each round, in order. seconds: None if it could not be timed. The first of its kind never counts: it makes
+        new buffers.
 
         longest: the largest K that anyone will ask for at these rows.
         """
-        is_first = (rows, num_draft_tokens) not in self._begun
-        self._begun.add((rows, num_draft_tokens))
-        if seconds is not None and not is_first:
-            self._width(rows, longest).observe(num_draft_tokens, seconds)
+        kind = rows, num_draft_tokens
+        before = self._last[1] if self._last[0] == rows else num_draft_tokens
+        if seconds is not None and kind in self._begun:
+            self._width(rows, longest).observe(num_draft_tokens, before, seconds)
+        self._begun.add(kind)
+        self._last = kind
 
     def accept(self, accepted: Sequence[int]) -> None:
         """accepted: of each row of a round that drafted."""
@@ -88,18 +100,15 @@ class RoundCosts:
 
     def seconds(self, rows: int, longest: int) -> list[float]:
         """Of K = 0, 1, ..., longest, as far as is known. Something `is_known`."""
-        width = self._width(rows, longest)
-        return [math.exp(width.pace + extra) for extra in width.extra[: longest + 1]]
+        return self._width(rows, longest).seconds[: longest + 1]
 
     def drawn(self, rows: int, longest: int, wanted: int, random: Random) -> list[float]:
         """As `seconds`, up to K = wanted, but as they may well be. No K takes less than one with fewer drafts."""
-        width = self._width(rows, longest)
-        return [math.exp(width.pace + most) for most in accumulate([0.0, *width.drawn(wanted, random)], max)]
+        return self._width(rows, longest).drawn(wanted, random)
 
     def to_json(self) -> dict[str, dict[str, float]]:
         """Rows -> K -> seconds, of what is well timed."""
-        return {str(rows): {str(k): math.exp(width.pace + width.extra[k]) for k, count in width.times.items()
-                            if count >= WELL_TIMED}
+        return {str(rows): {str(k): seconds for k, seconds in width.known.items() if width.times[k] >= WELL_TIMED}
                 for rows, width in self._widths.items()}
 
     def restore(self, raw: Mapping[str, Any]) -> None:
@@ -122,69 +131,80 @@ class RoundCosts:
 
 
 class _Width:
-    """The filter for one number of rows. Its state: pace, c(1), c(2), ..., c(longest)."""
+    """The filter for one number of rows. Its state: c(0), c(1), ..., c(longest), pace, late."""
 
     def __init__(self, longest: int, widest_block: int | None) -> None:
         self.longest = longest
         self.times: Counter[int] = Counter()  # by K
-        drafts = range(1, longest + 1)
+        drafts = range(longest + 1)
         line = [1 + USUAL_STEP * k for k in drafts]
-        self.mean = [0.0, *map(math.log, line)]
-        bumps = [BUMP_DOUBT if k > 1 else FIRST_BUMP_DOUBT for k in drafts]
+        extra = list(map(math.log, line))
+        bumps = [0.0, FIRST_BUMP_DOUBT, *[BUMP_DOUBT] * (longest - 1)]
         if widest_block is not None and widest_block <= longest:
-            self.mean[widest_block:] = [mean + CLIFF for mean in self.mean[widest_block:]]
-            bumps[widest_block - 1] = CLIFF_DOUBT
+            extra[widest_block:] = [each + CLIFF for each in extra[widest_block:]]
+            bumps[widest_block] = CLIFF_DOUBT
         slopes = [SLOPE_DOUBT * k / total for k, total in zip(drafts, line, strict=True)]
         bumped = list(accumulate(bump**2 for bump in bumps))  # those up to min(i, j) are in c(i) and in c(j)
-        prior = [[slopes[i] * slopes[j] + bumped[min(i, j)] for j in range(longest)] for i in range(longest)]
-        self.covariance = [[PACE_DOUBT**2, *[0.0] * longest], *([0.0, *row] for row in prior)]
-        self._drift = [[WALK**2, *[0.0] * longest], *([0.0, *(each / LIFETIME for each in row)] for row in prior)]
+        prior = [[slopes[i] * slopes[j] + bumped[min(i, j)] for j in drafts] for i in drafts]
+        self.mean = [*extra, 0.0, LATE]
+        self.covariance = _joined(prior, PACE_DOUBT**2, LATE_DOUBT**2)
+        self._drift = _joined([[each / LIFETIME for each in row] for row in prior], WALK**2, 0.0)  # a round
 
     @property
-    def pace(self) -> float:
-        return self.mean[0]
-
-    @property
-    def extra(self) -> list[float]:
-        """c(K) for K = 0, 1, ..., longest."""
-        return [0.0, *self.mean[1:]]
+    def seconds(self) -> list[float]:
+        """Of a round, for K = 0, 1, ..., longest."""
+        return [math.exp(self.mean[_PACE] + extra) for extra in self.mean[:_PACE]]
 
     @property
     def known(self) -> dict[int, float]:
         """K -> seconds, of those that were timed."""
-        return {k: math.exp(self.pace + self.extra[k]) for k in self.times}
+        return {k: seconds for k, seconds in enumerate(self.seconds) if k in self.times}
 
     def drawn(self, wanted: int, random: Random) -> list[float]:
-        """c(1), ..., c(wanted) as they may be, with a part of the doubt: mean + DARING * factor @ normals."""
+        """Seconds for K = 0, 1, ..., wanted as they may be, by mean + factor @ normals; none below one before."""
         factor = _cholesky([row[1:] for row in self.covariance[1 : wanted + 1]])
         normals = [random.gauss(0.0, DARING) for _ in factor]
-        return [mean + sum(map(mul, row, normals)) for mean, row in zip(self.mean[1:], factor, strict=False)]
+        extra = [mean + sum(map(mul, row, normals)) for mean, row in zip(self.mean[1:], factor, strict=False)]
+        return [math.exp(self.mean[_PACE] + most) for most in accumulate([0.0, *extra], max)]
 
     def begin(self, known: Mapping[int, float], doubt: float) -> None:
         """Takes costs from elsewhere as one timing each; their pace was another one."""
         for k, seconds in known.items():
             if k <= self.longest:
-                self._learn(k, math.log(seconds), doubt)
+                self._learn(k, k, math.log(seconds), doubt)
         for row in self.covariance:
-            row[0] = 0.0
-        self.covariance[0] = [PACE_DOUBT**2, *[0.0] * self.longest]
+            row[_PACE] = 0.0
+        self.covariance[_PACE] = [0.0] * len(self.mean)
+        self.covariance[_PACE][_PACE] = PACE_DOUBT**2
 
-    def observe(self, k: int, seconds: float) -> None:
-        self._learn(k, math.log(seconds), NOISE)
+    def observe(self, k: int, before: int, seconds: float) -> None:
+        """before: the K of the round before."""
+        self._learn(k, min(before, self.longest), math.log(seconds), NOISE)
         self.times[k] += 1
 
-    def _learn(self, k: int, log_seconds: float, noise: float) -> None:
-        """A Kalman update. What is off by far counts in part, and makes the pace doubtful: so it counts if it lasts."""
-        shared = [row[0] + row[k] for row in self.covariance] if k else [row[0] for row in self.covariance]
-        variance = noise**2 + shared[0] + (shared[k] if k else 0.0)
-        off = log_seconds - self.mean[0] - (self.mean[k] if k else 0.0)
+    def _learn(self, k: int, before: int, log_seconds: float, noise: float) -> None:
+        """A Kalman update, extended: late is a factor. What is off by far counts in part, and makes the pace doubtful:
+        so it counts if it lasts."""
+        mean, late = self.mean, self.mean[_LATE]
+        weights = [(_PACE, 1.0), (k, 1.0)]  # of the state in what was timed
+        if before != k:
+            weights += [(k, -late), (before, late), (_LATE, mean[before] - mean[k])]
+        off = log_seconds - mean[_PACE] - (1 - late) * mean[k] - late * mean[before]
+        shared = [sum(row[i] * weight for i, weight in weights) for row in self.covariance]
+        variance = noise**2 + sum(shared[i] * weight for i, weight in weights)
         most = MOST_OFF * math.sqrt(variance)
         believed = min(max(off, -most), most)
         gains = [each / variance for each in shared]
-        self.mean = [mean + gain * believed for mean, gain in zip(self.mean, gains, strict=True)]
+        self.mean = [each + gain * believed for each, gain in zip(mean, gains, strict=True)]
         self.covariance = [[each - gain * other + drift for each, other, drift in zip(row, shared, drifts, strict=True)]
                            for row, gain, drifts in zip(self.covariance, gains, self._drift, strict=True)]
-        self.covariance[0][0] += (off - believed) ** 2
+        self.covariance[_PACE][_PACE] += (off - believed) ** 2
+
+
+def _joined(extra: Sequence[Sequence[float]], pace: float, late: float) -> list[list[float]]:
+    """The covariance of a state whose pace and late are independent of the rest, from that of the rest."""
+    zeros = [0.0] * len(extra)
+    return [*([*row, 0.0, 0.0] for row in extra), [*zeros, pace, 0.0], [*zeros, 0.0, late]]
 
 
 def _cholesky(matrix: Sequence[Sequence[float]]) -> list[list[float]]:
