@@ -24,7 +24,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
-from operator import mul
+from operator import add, mul
 from random import Random
 from typing import Any
 
@@ -38,6 +38,7 @@ WALK = 0.1  # of the pace, from round to round
 MOST_OFF = 2.5  # standard deviations; what a timing is off by more is a disturbance, unless it lasts
 OTHER_WIDTH_DOUBT = 0.1  # of log seconds, where nothing is known but the costs of another width
 LIFETIME = 5000  # rounds after which costs, untimed, are as much in doubt as before any timing
+GROW_EVERY = 16  # timings after which that doubt is brought up to date
 DARING = 0.7  # of the doubt counts where costs are drawn: less than 1, since the next round draws again
 WELL_TIMED = 3  # timings
 USUAL_ACCEPTANCE = 0.6
@@ -148,7 +149,7 @@ class _Width:
         prior = [[slopes[i] * slopes[j] + bumped[min(i, j)] for j in drafts] for i in drafts]
         self.mean = [*extra, 0.0, LATE]
         self.covariance = _joined(prior, PACE_DOUBT**2, LATE_DOUBT**2)
-        self._drift = _joined([[each / LIFETIME for each in row] for row in prior], WALK**2, 0.0)  # a round
+        self._growth = _joined([[each * GROW_EVERY / LIFETIME for each in row] for row in prior], 0.0, 0.0)
 
     @property
     def seconds(self) -> list[float]:
@@ -179,25 +180,31 @@ class _Width:
 
     def observe(self, k: int, before: int, seconds: float) -> None:
         """before: the K of the round before."""
+        self.covariance[_PACE][_PACE] += WALK**2
         self._learn(k, min(before, self.longest), math.log(seconds), NOISE)
         self.times[k] += 1
+        if self.times.total() % GROW_EVERY == 0:
+            self.covariance = [list(map(add, *rows)) for rows in zip(self.covariance, self._growth, strict=True)]
 
     def _learn(self, k: int, before: int, log_seconds: float, noise: float) -> None:
         """A Kalman update, extended: late is a factor. What is off by far counts in part, and makes the pace doubtful:
         so it counts if it lasts."""
         mean, late = self.mean, self.mean[_LATE]
-        weights = [(_PACE, 1.0), (k, 1.0)]  # of the state in what was timed
-        if before != k:
-            weights += [(k, -late), (before, late), (_LATE, mean[before] - mean[k])]
-        off = log_seconds - mean[_PACE] - (1 - late) * mean[k] - late * mean[before]
-        shared = [sum(row[i] * weight for i, weight in weights) for row in self.covariance]
-        variance = noise**2 + sum(shared[i] * weight for i, weight in weights)
+        own, more = 1 - late, mean[before] - mean[k]
+
+        def timed(state: Sequence[float]) -> float:
+            """What was timed, as far as it is linear in the state."""
+            return state[_PACE] + own * state[k] + late * state[before] + more * state[_LATE]
+
+        shared = [timed(row) for row in self.covariance]
+        variance = noise**2 + timed(shared)
+        off = log_seconds - mean[_PACE] - own * mean[k] - late * mean[before]
         most = MOST_OFF * math.sqrt(variance)
         believed = min(max(off, -most), most)
         gains = [each / variance for each in shared]
         self.mean = [each + gain * believed for each, gain in zip(mean, gains, strict=True)]
-        self.covariance = [[each - gain * other + drift for each, other, drift in zip(row, shared, drifts, strict=True)]
-                           for row, gain, drifts in zip(self.covariance, gains, self._drift, strict=True)]
+        self.covariance = [[each - gain * other for each, other in zip(row, shared, strict=True)]
+                           for row, gain in zip(self.covariance, gains, strict=True)]
         self.covariance[_PACE][_PACE] += (off - believed) ** 2
 
 
