@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mlx_mtp.spec_decode import round_costs
-from mlx_mtp.spec_decode.round_costs import NOISE, PACE_DOUBT, WALK, RoundCosts
+from mlx_mtp.spec_decode.round_costs import LEARN_EVERY, NOISE, PACE_DOUBT, WALK, RoundCosts
 
 LONGEST = 7
 
@@ -130,7 +130,7 @@ def test_a_disturbance_passes_and_a_lasting_change_is_believed(times: int) -> No
         timed(costs, 3, 1.5)
     timed(costs, 3, 1.5 * times, 1.5, 1.5)
     assert seconds_of(costs, 1, 3)[[0, 3]] == pytest.approx([1.0, 1.5], rel=0.08)
-    timed(costs, 3, *[1.5 * times] * 3)
+    timed(costs, 3, *[1.5 * times] * 3 * LEARN_EVERY)
     assert seconds_of(costs, 1, 3)[[0, 3]] == pytest.approx([1.0 * times, 1.5 * times], rel=0.15)
 
 

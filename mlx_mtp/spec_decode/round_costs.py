@@ -24,7 +24,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
-from operator import add, mul
+from operator import mul
 from random import Random
 from typing import Any
 
@@ -38,7 +38,8 @@ WALK = 0.1  # of the pace, from round to round
 MOST_OFF = 2.5  # standard deviations; what a timing is off by more is a disturbance, unless it lasts
 OTHER_WIDTH_DOUBT = 0.1  # of log seconds, where nothing is known but the costs of another width
 LIFETIME = 5000  # rounds after which costs, untimed, are as much in doubt as before any timing
-GROW_EVERY = 16  # timings after which that doubt is brought up to date
+LONG_RUN, LEARN_EVERY = 8, 4  # rounds of one K in a row; of those beyond, a few say as much as all
+GROW_EVERY = 16  # timed rounds after which that doubt is brought up to date
 DARING = 0.7  # of the doubt counts where costs are drawn: less than 1, since the next round draws again
 WELL_TIMED = 3  # timings
 USUAL_ACCEPTANCE = 0.6
@@ -61,7 +62,7 @@ class RoundCosts:
         self._restored: dict[int, dict[int, float]] = {}
         self._widths: dict[int, _Width] = {}
         self._begun: set[tuple[int, int]] = set()
-        self._last = 0, 0  # rows and K
+        self._last, self._run = (0, 0), 0  # rows and K, and how many rounds of them there were in a row
 
     @property
     def is_known(self) -> bool:
@@ -81,8 +82,10 @@ class RoundCosts:
         """
         kind = rows, num_draft_tokens
         before = self._last[1] if self._last[0] == rows else num_draft_tokens
-        if seconds is not None and kind in self._begun:
-            self._width(rows, longest).observe(num_draft_tokens, before, seconds)
+        self._run = self._run + 1 if kind == self._last else 1
+        learned = 1 if self._run <= LONG_RUN else LEARN_EVERY
+        if seconds is not None and kind in self._begun and self._run % learned == 0:
+            self._width(rows, longest).observe(num_draft_tokens, before, seconds, learned)
         self._begun.add(kind)
         self._last = kind
 
@@ -136,7 +139,7 @@ class _Width:
 
     def __init__(self, longest: int, widest_block: int | None) -> None:
         self.longest = longest
-        self.times: Counter[int] = Counter()  # by K
+        self.times: Counter[int] = Counter()  # timed rounds by K
         drafts = range(longest + 1)
         line = [1 + USUAL_STEP * k for k in drafts]
         extra = list(map(math.log, line))
@@ -149,7 +152,7 @@ class _Width:
         prior = [[slopes[i] * slopes[j] + bumped[min(i, j)] for j in drafts] for i in drafts]
         self.mean = [*extra, 0.0, LATE]
         self.covariance = _joined(prior, PACE_DOUBT**2, LATE_DOUBT**2)
-        self._growth = _joined([[each * GROW_EVERY / LIFETIME for each in row] for row in prior], 0.0, 0.0)
+        self._growing, self._stale = _joined(prior, 0.0, 0.0), 0  # and timed rounds since it last grew
 
     @property
     def seconds(self) -> list[float]:
@@ -178,13 +181,16 @@ class _Width:
         self.covariance[_PACE] = [0.0] * len(self.mean)
         self.covariance[_PACE][_PACE] = PACE_DOUBT**2
 
-    def observe(self, k: int, before: int, seconds: float) -> None:
-        """before: the K of the round before."""
-        self.covariance[_PACE][_PACE] += WALK**2
+    def observe(self, k: int, before: int, seconds: float, rounds: int) -> None:
+        """before: the K of the round before. rounds: since the last that was observed."""
+        self.covariance[_PACE][_PACE] += rounds * WALK**2
         self._learn(k, min(before, self.longest), math.log(seconds), NOISE)
-        self.times[k] += 1
-        if self.times.total() % GROW_EVERY == 0:
-            self.covariance = [list(map(add, *rows)) for rows in zip(self.covariance, self._growth, strict=True)]
+        self.times[k] += rounds
+        self._stale += rounds
+        if self._stale >= GROW_EVERY:
+            growth, self._stale = self._stale / LIFETIME, 0
+            self.covariance = [[each + growth * first for each, first in zip(row, firsts, strict=True)]
+                               for row, firsts in zip(self.covariance, self._growing, strict=True)]
 
     def _learn(self, k: int, before: int, log_seconds: float, noise: float) -> None:
         """A Kalman update, extended: late is a factor. What is off by far counts in part, and makes the pace doubtful:
