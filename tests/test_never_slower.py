@@ -2,37 +2,39 @@
 
 from __future__ import annotations
 
-from typing import cast
-
+import numpy as np
 import pytest
 
 import mlx_mtp
 from bench import never_slower
-from mlx_mtp import Pair
 from mlx_mtp.config import EngineConfig
 from mlx_mtp.spec_decode.draft_length import FixedLength
 
 
-def test_prices_by_halves_share_no_round(monkeypatch: pytest.MonkeyPatch) -> None:
-    blocks = {k: iter([99.0, 1.0 + k, 10.0 + k, 3.0 + k, 12.0 + k]) for k in range(8)}  # the first warms up
-    monkeypatch.setattr(never_slower, "PRICED_FOR", 0.0)
-    monkeypatch.setattr(never_slower, "round_timer", lambda pair, rows, length, k: lambda: next(blocks[k]))
-    prices = never_slower.Prices(cast(Pair, None), 4)
-    for _ in range(4 // never_slower.BLOCKS):
-        prices.measure()
+def test_prices_by_halves_share_no_round() -> None:
+    prices = never_slower.Prices(7)
+    for k, blocks in enumerate(prices.blocks):
+        blocks += [1.0 + k, 10.0 + k, 3.0 + k, 12.0 + k]
     assert prices.halves() == ([2.0 + k for k in range(8)], [11.0 + k for k in range(8)])
     assert prices.seconds() == [6.5 + k for k in range(8)]
 
 
-def test_the_best_fixed_length_has_the_most_expected_tokens_a_second() -> None:
-    assert never_slower.best_length(1.0, [1.0, 1.5, 1.9]) == 2
-    assert never_slower.best_length(0.5, [1.0, 1.4, 1.9]) == 1
-    assert never_slower.best_length(0.0, [1.0, 1.1, 1.2]) == 0
+def test_the_best_fixed_length_has_the_most_tokens_a_second() -> None:
+    assert never_slower.best_length([1.0, 2.0, 3.0], [1.0, 1.5, 1.9]) == 2
+    assert never_slower.best_length([1.0, 1.5, 1.75], [1.0, 1.4, 1.9]) == 1
+    assert never_slower.best_length([1.0, 1.0, 1.0], [1.0, 1.1, 1.2]) == 0
+
+
+def test_a_round_brings_what_is_right_until_the_first_that_is_wrong() -> None:
+    right = np.array([[True, True, False, True], [True, False, True, True]])
+    assert never_slower.brought(right, 2) == [1.0, 1 + 6 / 8, 1 + 6 / 8 + 2 / 6]
+    assert never_slower.brought(np.ones((1, 9), bool), 7) == [float(k + 1) for k in range(8)]
 
 
 def test_choosing_is_part_of_the_price() -> None:
-    seen = never_slower.Seen([0, 1, 1], [1.0, 2.0, 2.0], [9.0] * 3, [0.5, 0.5, 7.0])
-    assert seen.speed([1.0, 1.5], 1, 9) == 4 / 4
+    seen = never_slower.Seen([2, 0, 1, 1], [9.0] * 4, [7.0, 0.5, 0.5, 7.0])
+    assert seen.tokens([1.0, 1.8], 1, 9) == 1 + 2 * 1.8
+    assert seen.price([1.0, 1.5], 1, 9) == 1.0 + 2 * 1.5 + 3 * 0.5
     clocked = never_slower.Clocked(FixedLength(3))
     assert clocked.longest == clocked.choose(1) == 3
     assert 0 < clocked.seconds < 1
