@@ -4,12 +4,13 @@
 
 The engine decodes with "auto", cold. Every 32 rounds it is halted, and for each K some rounds of the same engine are
 timed, over the same buffers and the text that comes next, with drafts that are all wrong. The Ks it chose are priced
-with the medians of those, and with what choosing them took: so a machine that is disturbed now and then, or slow for a
-while, may mislead the controller, but not this comparison. (A GPU works on while the host chooses, so there choosing is
-priced too high.) Of eight prices with some noise the best one is mostly a lucky one: so one half of the rounds says
-which K is best, and the other half what it and the chosen ones cost, and the other way round. "luckiest" is against the
-best of all the prices, and the clock's own figure stands beside it. What a round of each K brings is counted in the
-drafts that are replayed: of 300, those that are right are a little more or less than was asked for.
+with the medians of those, and with what choosing them took: so a machine that is disturbed now and then, or slow for
+a while, may mislead the controller, but not this comparison. (A GPU works on while the host chooses, so there
+choosing is priced too high.) Of eight prices with some noise the best one is mostly a lucky one: so one half of the
+rounds says which K is best, and the other half what it and the chosen ones cost, and the other way round. "luckiest"
+is against the best of all the prices; the clock's own figure, of a round in the median, stands beside it. What a
+round of each K brings is counted in the drafts that are replayed: of 300, those that are right are a little more or
+less than was asked for.
 """
 
 from __future__ import annotations
@@ -203,10 +204,11 @@ def compare(pair: Pair, rows: int, acceptance: float, known: list[list[int]]) ->
     luckiest = shares(costs, costs)
     best = best_length(tokens, costs)
     speed = tokens[best] / costs[best]
-    clock = seen.tokens(tokens, SETTLED, ROUNDS) / sum(seen.seconds[SETTLED:])
+    rounds = zip(seen.lengths, seen.seconds, seen.choosing, strict=True)
+    clock = statistics.median(took / (costs[k] + choosing) for k, took, choosing in rounds)
     print(f"rows {rows}  acceptance {acceptance:.1f}  best fixed K = {best} ({rows * speed:.1f} tok/s)  "
           f"auto after {SETTLED} rounds {late:.3f} (luckiest {luckiest[0]:.3f}), "
-          f"first {COLD} tokens {begun:.3f} ({luckiest[1]:.3f}); by the clock {clock / speed:.2f}; "
+          f"first {COLD} tokens {begun:.3f} ({luckiest[1]:.3f}); rounds took {clock:.2f} of their price; "
           f"Ks {dict(sorted(Counter(seen.lengths[SETTLED:]).items()))}; "
           f"choosing {1e3 * statistics.mean(seen.choosing[SETTLED:]):.2f} ms, "
           f"ms by K {' '.join(f'{1e3 * seconds:.1f}' for seconds in costs)}", flush=True)
