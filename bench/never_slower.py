@@ -3,14 +3,13 @@
     python -m bench.never_slower [FOLDER] [--rows 1 4 8] [--acceptance 0 0.4 0.8 1]     FOLDER as in bench.serving
 
 The engine decodes with "auto", cold. Every 32 rounds it is halted, and for each K some rounds of the same engine are
-timed, over the same buffers and the text that comes next, with drafts that are all wrong. The Ks it chose are priced
-with the medians of those, and with what choosing them took: so a machine that is disturbed now and then, or slow for
-a while, may mislead the controller, but not this comparison. (A GPU works on while the host chooses, so there
-choosing is priced too high.) Of eight prices with some noise the best one is mostly a lucky one: so one half of the
-rounds says which K is best, and the other half what it and the chosen ones cost, and the other way round. "luckiest"
-is against the best of all the prices; the clock's own figure, of a round in the median, stands beside it. What a
-round of each K brings is counted in the drafts that are replayed: of 300, those that are right are a little more or
-less than was asked for.
+timed, over the text that comes next. The Ks it chose are priced with the medians of those, and with what choosing
+them took: so a machine that is disturbed now and then, or slow for a while, may mislead the controller, but not this
+comparison. (A GPU works on while the host chooses, so there choosing is priced too high.) Of eight prices with some
+noise the best one is mostly a lucky one: so one half of the rounds says which K is best, and the other half what it
+and the chosen ones cost, and the other way round. "luckiest" is against the best of all the prices; the clock's own
+figure, of a round in the median, stands beside it. What a round of each K brings is counted in the drafts that are
+replayed: of a few hundred, those that are right are a little more or less than was asked for.
 """
 
 from __future__ import annotations
@@ -25,7 +24,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import cast
 
-import mlx.core as mx
 import numpy as np
 
 import mlx_mtp
@@ -41,11 +39,12 @@ from mlx_mtp.engine.request import Request
 from mlx_mtp.spec_decode.draft_length import DraftLength, FixedLength
 
 PROMPT = 48
-TOKENS = 2000  # of each text
+TOKENS = 3200  # of each text
 ROUNDS = 160
 PRICED_EVERY = 32  # rounds
 BLOCK = 4  # rounds that are timed together
-BLOCKS, PRICED_FOR = 2, 2.0  # of each K, each time, at least; and seconds for all of them
+BLOCKS = 2  # of each K, each time, at least
+PRICED_FOR, PRICED_OVER = 2.0, 320  # seconds and tokens, each time, for more of them
 SETTLED = 64  # rounds after which it should know
 COLD = 256  # tokens of a whole request
 
@@ -117,8 +116,7 @@ class Clocked:
 class _Noted(Engine):
     """An engine that tells which K each round had, and halts for prices."""
 
-    def rounds(self, requests: Sequence[Request], drafter: ReplayDrafter, wrong: mx.array, prices: Prices) -> Seen:
-        """wrong: what to draft while prices are taken."""
+    def rounds(self, requests: Sequence[Request], prices: Prices) -> Seen:
         seen = Seen([], [], [])
         clocked = Clocked(self._draft_length)
         self._draft_length = cast(DraftLength, clocked)
@@ -136,16 +134,16 @@ class _Noted(Engine):
             seen.seconds.append(took)
             seen.choosing.append(clocked.seconds)
             if len(seen.lengths) % PRICED_EVERY == 0:
-                right, drafter.drafts = drafter.drafts, wrong
                 self._price(prices)
-                drafter.drafts, self._draft_length = right, cast(DraftLength, clocked)
+                self._draft_length = cast(DraftLength, clocked)
         return seen
 
     def _price(self, prices: Prices) -> None:
         """Leaves nothing in flight, so that the controller hears of no such round, and times none by its end."""
         self._drain()
-        began, order, count = time.perf_counter(), list(range(len(prices.blocks))), 0
-        while count < BLOCKS or time.perf_counter() - began < PRICED_FOR:
+        until, over = time.perf_counter() + PRICED_FOR, max(row.length for row in self.decoding) + PRICED_OVER
+        order, count = list(range(len(prices.blocks))), 0
+        while count < BLOCKS or (time.perf_counter() < until and max(row.length for row in self.decoding) < over):
             for k in random.sample(order, len(order)):
                 self._draft_length = FixedLength(k)
                 self.step()
@@ -183,11 +181,11 @@ def compare(pair: Pair, rows: int, acceptance: float, known: list[list[int]]) ->
     assert pair.drafter is not None
     vocab_size, longest = pair.target.config.text.vocab_size, EngineConfig().max_draft_tokens
     drafts, wrong = (replayed_drafts(known, share, vocab_size) for share in (acceptance, 0.0))
-    drafter = ReplayDrafter(pair.drafter, drafts)
-    engine = _Noted(pair.target, drafter, EngineConfig(prefix_tokens=0, prefill_chunk=rows * PROMPT))
+    config = EngineConfig(prefix_tokens=0, prefill_chunk=rows * PROMPT)
+    engine = _Noted(pair.target, ReplayDrafter(pair.drafter, drafts), config)
     requests = [Request(text[:PROMPT], SamplingParams(TOKENS), frozenset(), 10**6) for text in known]
     prices = Prices(longest)
-    seen = engine.rounds(requests, drafter, mx.array(wrong), prices)
+    seen = engine.rounds(requests, prices)
     tokens = brought((drafts != wrong)[:, PROMPT : PROMPT + min(len(request.tokens) for request in requests)], longest)
     cold = 1 + next((i for i in range(len(seen.lengths)) if seen.tokens(tokens, 0, i + 1) >= COLD), len(seen.lengths))
     parts = ((SETTLED, ROUNDS), (0, cold))

@@ -15,7 +15,7 @@ class _Steps:
     """A round's context, its rows' drafts, and how many steps it has seen."""
 
     def __init__(self, real: Context, newest: mx.array, drafts: mx.array) -> None:
-        self.real, self.newest, self.drafts, self.count = real, newest, drafts, 0
+        self.real, self.newest, self._drafts, self.count = real, newest, drafts, 0
 
 
 def replayed_drafts(texts: Sequence[Sequence[int]], acceptance: float, vocab_size: int, seed: int = 0) -> np.ndarray:
@@ -33,14 +33,14 @@ class ReplayDrafter:
     """
 
     def __init__(self, drafter: Drafter, drafts: np.ndarray) -> None:
-        self._drafter, self.drafts = drafter, mx.array(drafts)
+        self._drafter, self._drafts = drafter, mx.array(drafts)
         self.order: Callable[[], Sequence[int]] | None = None
 
     def context(
         self, keys_values: Mapping[AttentionKind, tuple[mx.array, mx.array]],
         key_positions: Mapping[AttentionKind, mx.array], newest_positions: mx.array,
     ) -> _Steps:
-        drafts = self.drafts[: newest_positions.size] if self.order is None else self.drafts[mx.array(self.order())]
+        drafts = self._drafts[: newest_positions.size] if self.order is None else self._drafts[mx.array(self.order())]
         return _Steps(self._drafter.context(keys_values, key_positions, newest_positions), newest_positions, drafts)
 
     def __call__(self, embedding: mx.array, hidden: mx.array, context: _Steps) -> tuple[Candidates, mx.array]:

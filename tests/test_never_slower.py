@@ -45,7 +45,7 @@ def test_auto_is_set_against_every_fixed_length(
 ) -> None:
     pair = mlx_mtp.load()
     monkeypatch.setattr(never_slower, "PRICED_FOR", 0.0)
-    for name, value in {"ROUNDS": 8, "SETTLED": 3, "PRICED_EVERY": 4, "BLOCKS": 2, "TOKENS": 300}.items():
+    for name, value in {"ROUNDS": 8, "SETTLED": 3, "PRICED_EVERY": 4, "BLOCKS": 2, "TOKENS": 800}.items():
         monkeypatch.setattr(never_slower, name, value)
     never_slower.compare(pair, 2, 1.0, never_slower.texts(pair, 2))
     line = capsys.readouterr().out
