@@ -15,7 +15,7 @@ class _Steps:
     """A round's context, its rows' drafts, and how many steps it has seen."""
 
     def __init__(self, real: Context, newest: mx.array, drafts: mx.array) -> None:
-        self.real, self.newest, self._drafts, self.count = real, newest, drafts, 0
+        self.real, self.newest, self.drafts, self.count = real, newest, drafts, 0
 
 
 def replayed_drafts(texts: Sequence[Sequence[int]], acceptance: float, vocab_size: int, seed: int = 0) -> np.ndarray:
