@@ -15,7 +15,7 @@ estimate: `drawn` gives costs as they may well be, and who goes by them tries a 
 What is believed before any timing is a line, one more draft for USUAL_STEP plain rounds, of uncertain slope and with a
 bump at every K. So neighbours speak for each other, and the more so the nearer they are.
 
-The matrices are 10 x 10, and met once a round: lists take a third of the time that arrays take for that.
+The matrices are 10 x 10 and met once a round: for that, lists take a third of the time that arrays take.
 """
 
 from __future__ import annotations
@@ -44,7 +44,6 @@ DARING = 0.7  # of the doubt counts where costs are drawn: less than 1, since th
 WELL_TIMED = 3  # timings
 USUAL_ACCEPTANCE = 0.6
 ACCEPTANCE_LIFETIME = 60  # drafts after which the acceptance that a new engine begins with has mostly been learnt anew
-
 
 _PACE, _LATE = -2, -1  # in a filter's state
 
