@@ -147,6 +147,9 @@ class ToldEngine:
         self.prompts: list[str] = []
         self._is_aborted = False
 
+    def plain_seconds(self, request: Request) -> None:
+        """No round was timed."""
+
     def run(self, requests: Iterable[Request], on_prefill: Callable[[int, int], None]) -> Iterator[Event]:
         for request in requests:
             self._is_aborted = False

@@ -296,3 +296,13 @@ def test_what_rounds_take_is_remembered_for_the_next_process_unless_the_user_for
     assert not mlx_mtp.load(max_context=512, calibrate=False).round_costs.is_known
     first.calibration.path.write_text("{broken")
     assert not mlx_mtp.load(max_context=512).round_costs.is_known
+
+
+def test_a_result_says_what_plain_decoding_would_have_taken_once_a_round_of_it_was_timed(unending: Pair) -> None:
+    fixed = mlx_mtp.generate(unending, PROMPT, max_tokens=40, num_draft_tokens=1)
+    assert isinstance(fixed, Result)
+    assert fixed.stats.plain_seconds is None
+    measured = mlx_mtp.generate(unending, PROMPT, max_tokens=300)
+    assert isinstance(measured, Result)
+    assert measured.stats.plain_seconds is not None
+    assert 0 < measured.stats.plain_seconds < 60
