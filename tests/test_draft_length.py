@@ -6,7 +6,7 @@ import math
 import random
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 
@@ -82,17 +82,19 @@ def speed(chosen: list[int], cost: Cost, rows: int, acceptance: float) -> float:
     return sum(tokens(acceptance, k) for k in chosen) / sum(cost(rows, k) for k in chosen)
 
 
+def share_after_64(simulated: Machine, acceptance: float, rounds: int) -> float:
+    """Of the best fixed K's speed, in the rounds after the first 64."""
+    for _ in range(rounds):
+        simulated.round(acceptance)
+    found = speed(simulated.chosen[64:], simulated.cost, simulated.rows, acceptance)
+    return found / best_speed(simulated.cost, simulated.rows, acceptance)
+
+
 @pytest.mark.parametrize("acceptance", [0.0, 0.3, 0.6, 0.8, 1.0])
 @pytest.mark.parametrize("rows", [1, 8])
 @pytest.mark.parametrize("cost", COSTS)
 def test_after_64_rounds_it_is_hardly_slower_than_the_best_fixed_k(cost: str, rows: int, acceptance: float) -> None:
-    shares = []
-    for seed in range(6):
-        simulated = machine(cost, rows, seed)
-        for _ in range(364):
-            simulated.round(acceptance)
-        found = speed(simulated.chosen[64:], COSTS[cost], rows, acceptance)
-        shares.append(found / best_speed(COSTS[cost], rows, acceptance))
+    shares = [share_after_64(machine(cost, rows, seed), acceptance, 364) for seed in range(6)]
     assert statistics.mean(shares) >= 0.97
 
 
@@ -151,29 +153,15 @@ def test_disturbed_timings_do_not_park_it_at_a_bad_k() -> None:
 
 @pytest.mark.parametrize("cost", ["every row costs", "experts read again", "experts read again up to K = 3"])
 def test_a_host_that_reads_late_misleads_it_little(cost: str) -> None:
-    shares = []
-    for acceptance in (0.4, 0.5, 0.6):
-        for seed in range(8):
-            simulated = machine(cost, 1, seed)
-            simulated.late = 0.25
-            for _ in range(264):
-                simulated.round(acceptance)
-            found = speed(simulated.chosen[64:], COSTS[cost], 1, acceptance)
-            shares.append(found / best_speed(COSTS[cost], 1, acceptance))
+    shares = [share_after_64(replace(machine(cost, 1, seed), late=0.25), acceptance, 264)
+              for acceptance in (0.4, 0.5, 0.6) for seed in range(8)]
     assert statistics.mean(shares) >= 0.98
 
 
 @pytest.mark.parametrize("acceptance", [0.4, 0.6, 0.8])
 @pytest.mark.parametrize("cost", COSTS)
 def test_a_machine_whose_pace_wanders_misleads_it_little(cost: str, acceptance: float) -> None:
-    shares = []
-    for seed in range(8):
-        simulated = machine(cost, 4, seed)
-        simulated.wandering = 0.15
-        for _ in range(164):
-            simulated.round(acceptance)
-        found = speed(simulated.chosen[64:], COSTS[cost], 4, acceptance)
-        shares.append(found / best_speed(COSTS[cost], 4, acceptance))
+    shares = [share_after_64(replace(machine(cost, 4, seed), wandering=0.15), acceptance, 164) for seed in range(8)]
     assert statistics.mean(shares) >= 0.97
 
 

@@ -221,7 +221,7 @@ def test_costs_survive_being_written_and_read_and_nonsense_in_their_place() -> N
     assert kept == {"2": {"0": pytest.approx(1.0, rel=0.06), "3": pytest.approx(2.0, rel=0.06)}}
     again = RoundCosts()
     assert not again.knows_plain
-    again.restore({**kept, "x": {"0": 1.0}, "1": 7, "4": {"y": 1.0, "0": "fast", "1": -1.0}})
+    again.restore({**kept, "x": {"0": 1.0}, "1": 7, "4": {"y": 1.0, "0": "fast", "1": -1.0, "2": 1e308, "3": 1e-308}})
     assert again.knows_plain
     assert again.timings(2) == 0
     assert again.to_json() == {}  # nothing measured in this process

@@ -42,6 +42,7 @@ LONG_RUN, LEARN_EVERY = 8, 4  # rounds of one K in a row; of those beyond, a few
 GROW_EVERY = 16  # timed rounds after which that doubt is brought up to date
 DARING = 0.7  # of the doubt counts where costs are drawn: less than 1, since the next round draws again
 WELL_TIMED = 3  # timings
+SHORTEST_ROUND, LONGEST_ROUND = 1e-7, 1e5  # seconds; what was kept of a round and is beyond is nonsense
 USUAL_ACCEPTANCE = 0.6
 ACCEPTANCE_LIFETIME = 60  # drafts after which the acceptance that a new engine begins with has mostly been learnt anew
 
@@ -118,7 +119,7 @@ class RoundCosts:
         """Takes what `to_json` gave as one timing each. Whatever else `raw` holds is left aside: it was a cache."""
         for rows, by_k in raw.items():
             for k, seconds in by_k.items() if isinstance(by_k, Mapping) else ():
-                if rows.isdecimal() and k.isdecimal() and isinstance(seconds, float) and 0 < seconds < math.inf:
+                if rows.isdecimal() and k.isdecimal() and isinstance(seconds, float) and SHORTEST_ROUND < seconds < LONGEST_ROUND:
                     self._restored.setdefault(int(rows), {})[int(k)] = seconds
 
     def _width(self, rows: int, longest: int) -> _Width:
