@@ -119,7 +119,8 @@ class RoundCosts:
         """Takes what `to_json` gave as one timing each. Whatever else `raw` holds is left aside: it was a cache."""
         for rows, by_k in raw.items():
             for k, seconds in by_k.items() if isinstance(by_k, Mapping) else ():
-                if rows.isdecimal() and k.isdecimal() and isinstance(seconds, float) and SHORTEST_ROUND < seconds < LONGEST_ROUND:
+                is_time = isinstance(seconds, float) and SHORTEST_ROUND < seconds < LONGEST_ROUND
+                if is_time and rows.isdecimal() and k.isdecimal():
                     self._restored.setdefault(int(rows), {})[int(k)] = seconds
 
     def _width(self, rows: int, longest: int) -> _Width:
