@@ -110,7 +110,7 @@ def load(
     and answer together; None is the model's own limit. dtype: of the weights; None is float32 on CPU, else the
     checkpoint's own. before_reading is handed the pair while no weight is read yet, to raise early (see `check`).
     calibrate: measure once which of several equal ways through a mixture's experts is the fastest here (a second or
-    two), and keep that and what rounds take in the user's cache folder. kernels: try Metal kernels of our own as well.
+    two), and keep that and what rounds take in the user's cache folder. kernels: try GPU kernels of our own as well.
 
     Raises CheckpointError, ConfigError, PairError, MemoryBudgetError or RequestError, each before any weight is read
     if it can be known by then.

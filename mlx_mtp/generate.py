@@ -60,7 +60,7 @@ def parser() -> argparse.ArgumentParser:
         help=f"drafts a round; 0 is plain decoding, {AUTO} takes what is measured to be fastest; never changes the "
              "text (default: %(default)s)")
     add("--no-calibration", action="store_true", help="measure nothing and keep nothing about this machine's speed")
-    add("--no-kernels", action="store_true", help="run MLX's own operations only, no Metal kernels of this package")
+    add("--no-kernels", action="store_true", help="run MLX's own operations only, no GPU kernels of this package")
     add("--verbose", type=_flag, default=True, metavar="T|F", help="notes, progress and summary (default: T)")
     add("--json", action="store_true", help="print one JSON object a completion, one a line, instead of its text")
     return cli

@@ -16,7 +16,7 @@ FAULTS = ("none", "an input is read outside its bounds", "an output is written o
 LANES = 32
 HEADER = Path(__file__).with_suffix(".h")
 INTEGERS = ("IN", "OUT", "BITS", "GROUP", "ROUTES_PER_ROW")  # template arguments besides T
-ELEMENT = {"order": "uint32_t", "tile_expert": "uint32_t", "tile_first": "int32_t", "tile_rows": "int32_t"}
+WORDS = ("weight", "gate", "up", "order", "experts")
 
 
 class KernelError(Exception):
@@ -28,8 +28,8 @@ def compiler() -> str | None:
 
 
 def element(name: str) -> str:
-    """The C++ type of an input's elements: words of matrices are uint32, all that is not named has the rows' type."""
-    return "uint32_t" if name in ("weight", "gate", "up") else ELEMENT.get(name, "T")
+    """The C++ type of an input's elements: words of matrices and routes are uint32, all else has the rows' type."""
+    return "uint32_t" if name in WORDS else "T"
 
 
 def program(input_names: Sequence[str], source: str) -> str:
@@ -43,11 +43,12 @@ def program(input_names: Sequence[str], source: str) -> str:
     numbers = ", ".join(f"integers[{i}]" for i in range(len(INTEGERS)))
     return f"""#include "{HEADER}"
 template <typename T> void kernel({', '.join(inputs)}, Output<T> out, {integers},
-                                  uint3 thread_position_in_grid, uint thread_index_in_simdgroup) {{ {source} }}
+                                  uint3 thread_position_in_grid, uint3 threads_per_grid,
+                                  uint thread_index_in_simdgroup) {{ {source} }}
 template <typename T> int run(void** arrays, size_t* sizes, uint32_t** counts, int* integers, uint y, uint z) {{
     return run_grid(y, z, [&](uint3 position, uint lane) {{
         kernel<T>({arguments}, Output<T>{{static_cast<T*>(arrays[{last}]), sizes[{last}], counts[{last}]}}, {numbers},
-                  position, lane);
+                  position, uint3{{32, y, z}}, lane);
     }});
 }}
 extern "C" int run_float(void** a, size_t* s, uint32_t** c, int* i, uint y, uint z) {{
@@ -71,8 +72,8 @@ class EmulatedKernel:
         self.names, self.reads = tuple(input_names), dict[str, np.ndarray]()
         text, library = folder / f"{name}.cpp", folder / f"{name}.so"
         text.write_text(program(input_names, source))
-        command = [compiler() or "", "-std=c++17", "-O1", "-shared", "-fPIC", "-w", str(text), "-o", str(library)]
-        subprocess.run(command, check=True)
+        options = ["-std=c++17", "-O1", "-shared", "-fPIC", "-w", "-DUNROLL="]
+        subprocess.run([compiler() or "", *options, str(text), "-o", str(library)], check=True)
         self._library = ctypes.CDLL(str(library))
 
     def __call__(
@@ -84,7 +85,7 @@ class EmulatedKernel:
         values, dtype = dict(template), output_dtypes[0]
         arrays = [np.ascontiguousarray(as_numpy(array)) for array in inputs]
         for name, array in zip(self.names, arrays, strict=True):
-            assert array.dtype.name == {"int32_t": "int32", "uint32_t": "uint32"}.get(element(name), array.dtype.name)
+            assert element(name) == "T" or array.dtype == np.uint32
         out = np.zeros(output_shapes[0], np.uint16 if dtype == mx.bfloat16 else np.float32)
         counts = [np.zeros(array.size, np.uint32) for array in (*arrays, out)]
         everything = [*arrays, out]

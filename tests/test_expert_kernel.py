@@ -1,4 +1,4 @@
-"""The Metal kernel, run as C++ lane by lane, equals a dense loop over experts and reads each expert once."""
+"""The GPU kernel, run as C++ lane by lane, equals a dense loop over experts and reads each expert once."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from metal_emulation import EmulatedKernel, KernelError, compiler
 
 from mlx_mtp.config import ExpertsConfig
 from mlx_mtp.models import expert_kernel
-from mlx_mtp.models.expert_dispatch import KERNEL, dispatch, tiles_of
+from mlx_mtp.models.expert_dispatch import KERNEL, dispatch
 from mlx_mtp.models.expert_kernel import MATRICES, SOURCES, TILE_ROWS, input_names, pack, product_kernel
 from mlx_mtp.models.moe import ExpertLinear, QuantizedExpertLinear, SwitchGLU
 
@@ -85,20 +85,36 @@ def random_routing(rng: np.random.Generator, tokens: int, settings: ExpertsConfi
                      for _ in range(tokens)])
 
 
+def assert_equals_a_dense_loop(rng: np.random.Generator, case: int) -> np.ndarray:
+    """Returns the experts [N, top_k] of the case's tokens."""
+    glu, settings, dtype, hidden = random_layer(rng, case)
+    chosen = random_routing(rng, int(rng.integers(1, 11)), settings)
+    x = mx.array(rng.normal(size=(len(chosen), hidden)), mx.float32).astype(dtype)
+    got = dispatch(KERNEL, x, mx.array(chosen, mx.uint32), glu.mlp)
+    assert got.dtype == dtype
+    expected = dense(glu, x, chosen)
+    error = np.linalg.norm(np.array(got.astype(mx.float32)) - expected) / np.linalg.norm(expected)
+    assert error <= (1e-3 if dtype == mx.bfloat16 else 1e-5), f"case {case}"
+    return chosen
+
+
 def test_the_kernel_equals_a_dense_loop_over_experts_in_many_random_cases(kernels: Kernels) -> None:
     rng, fills = np.random.default_rng(0), set()
     for case in range(CASES):
-        glu, settings, dtype, hidden = random_layer(rng, case)
-        chosen = random_routing(rng, int(rng.integers(1, 11)), settings)
-        x = mx.array(rng.normal(size=(len(chosen), hidden)), mx.float32).astype(dtype)
-        got = dispatch(KERNEL, x, mx.array(chosen, mx.uint32), glu.mlp)
-        assert got.dtype == dtype
-        expected = dense(glu, x, chosen)
-        error = np.linalg.norm(np.array(got.astype(mx.float32)) - expected) / np.linalg.norm(expected)
-        assert error <= (1e-3 if dtype == mx.bfloat16 else 1e-5), f"case {case}"
-        tiles = tiles_of(mx.array(chosen.flatten(), mx.uint32), settings.num_experts, TILE_ROWS)
-        fills |= set(tiles.rows.tolist())
-    assert fills == set(range(TILE_ROWS + 1))  # tiles of every height were among them, unneeded ones too
+        chosen = assert_equals_a_dense_loop(rng, case)
+        counts = np.bincount(chosen.flatten())
+        fills |= {*(counts % TILE_ROWS), *(TILE_ROWS for _ in np.nonzero(counts >= TILE_ROWS)[0])}
+    assert fills == set(range(TILE_ROWS + 1))  # tiles of every height were among them, and experts without any
+
+
+@pytest.mark.skipif(not (mx.metal.is_available() or mx.cuda.is_available()), reason="no GPU")
+@pytest.mark.parametrize("case", range(18))
+def test_on_a_gpu_the_kernel_equals_a_dense_loop_too(case: int) -> None:
+    mx.set_default_device(mx.gpu)
+    try:
+        assert_equals_a_dense_loop(np.random.default_rng(case), case)
+    finally:
+        mx.set_default_device(mx.cpu)
 
 
 @pytest.mark.parametrize("rows", [4, 8])
@@ -130,6 +146,9 @@ def test_an_expert_of_more_rows_than_a_tile_has_is_read_once_for_each_tile(kerne
 @pytest.mark.parametrize(("right", "wrong"), [
     ("if (r < rows) {", "if (r < rows - 1) {"),  # a tile's last row is left out of the sums
     ("if (r < rows && first_out + o < OUT)", "if (r <= rows && first_out + o < OUT)"),  # one row too many is written
+    ("rows < rest && ", "rows <= rest && "),  # the last tile looks past the end
+    ("start > 0 && experts[start - 1]", "start > 1 && experts[start - 1]"),  # the first run is cut in two
+    ("% 8 != 0", "% 7 != 0"),  # tiles overlap
 ])
 def test_an_off_by_one_in_the_tile_bounds_is_caught(
     kernels: Kernels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, right: str, wrong: str
@@ -137,8 +156,9 @@ def test_an_off_by_one_in_the_tile_bounds_is_caught(
     assert right in SOURCES["product"]
     mutant = EmulatedKernel(input_names("product"), SOURCES["product"].replace(right, wrong), tmp_path, "mutant")
     monkeypatch.setattr(expert_kernel, "_built", {**kernels, "product": mutant}.__getitem__)
-    glu, chosen = SwitchGLU(40, ExpertsConfig(3, 2, 40)), np.array([[0, 1], [1, 2], [1, 0], [2, 0], [0, 1]])
-    x = mx.random.normal((5, 40), key=mx.random.key(0))
+    glu = SwitchGLU(40, ExpertsConfig(3, 2, 40))
+    chosen = np.array([[0, 1], [1, 2], [1, 0], [2, 0], [0, 1], *[[1, 2]] * 5])  # more than a tile of expert 1
+    x = mx.random.normal((len(chosen), 40), key=mx.random.key(0))
 
     def is_right() -> bool:
         got = np.array(dispatch(KERNEL, x, mx.array(chosen, mx.uint32), glu.mlp))
@@ -154,8 +174,8 @@ def test_outputs_need_not_fill_the_last_simdgroup(kernels: Kernels) -> None:
     weight, x = mx.random.normal((3, 6, 16)), mx.random.normal((5, 16))
     packed, chosen = pack(weight), mx.array([2, 0, 2, 1, 2], mx.uint32)
     assert packed is not None
-    tiles = tiles_of(chosen, 3, TILE_ROWS)
-    got = product_kernel(x, packed, tiles.order, tiles.experts, tiles.first, tiles.rows)
+    order = mx.argsort(chosen)
+    got = product_kernel(x, packed, order, chosen[order])
     assert np.allclose(got, (weight[chosen] @ x[..., None])[..., 0], atol=1e-5)
 
 

@@ -174,10 +174,10 @@ def kernel_is_sound(layer: SwitchGLU, shape: Shape) -> bool:
             got = dispatch(KERNEL, x, chosen, layer.mlp).astype(mx.float32).flatten()
             error = float(mx.linalg.norm(got - expected) / mx.linalg.norm(expected))
         except (RuntimeError, ValueError) as failure:  # MLX's for a kernel that does not compile
-            LOG.warning("experts: the Metal kernel does not run here (%s); doing without", _first_line(failure))
+            LOG.warning("experts: the kernel does not run here (%s); doing without", _first_line(failure))
             return False
         if not error <= tolerance:  # NaN too
-            LOG.warning("experts: the Metal kernel is off by %.1e on this device; doing without", error)
+            LOG.warning("experts: the kernel is off by %.1e on this device; doing without", error)
             return False
     return True
 

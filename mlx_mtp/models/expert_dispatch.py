@@ -8,7 +8,7 @@ reading experts' weights, and the ways differ in how often an expert is read:
     split        as sorted, the routes shared out among a CPU's cores: one such product keeps only one of them busy
     grouped-m    once for every m of its routes, which become a tile of m rows
     all          once, and every expert runs every token
-    kernel       as grouped-8, in a Metal kernel of our own that spends nothing on unfilled tiles or rows
+    kernel       as grouped-8, in a GPU kernel of our own that spends nothing on tiles, unfilled ones or rows
 
 None asks the host anything: the number of tiles has a bound that only depends on shapes, and tiles beyond the needed
 ones are computed and ignored. The ways may differ in the last bit, since products of one row and of several sum up in
@@ -26,7 +26,7 @@ from typing import NamedTuple, Protocol
 import mlx.core as mx
 
 from mlx_mtp.device import is_gpu, side_lanes
-from mlx_mtp.models.expert_kernel import TILE_ROWS, PackedMatrix, gate_up_kernel, product_kernel
+from mlx_mtp.models.expert_kernel import PackedMatrix, gate_up_kernel, product_kernel
 from mlx_mtp.models.layers import geglu
 
 GATHER, SORTED, SPLIT, ALL, KERNEL = "gather", "sorted", "split", "all", "kernel"
@@ -191,9 +191,10 @@ def _grouped(x: mx.array, chosen: mx.array, mlp: ExpertMLP, height: int) -> mx.a
 
 def _kernel(x: mx.array, chosen: mx.array, mlp: ExpertMLP) -> mx.array:
     gate, up, down = (_packed(matrix) for matrix in mlp)
-    tiles = tiles_of(chosen.flatten(), mlp.gate.num_experts, TILE_ROWS)
-    where = (tiles.order, tiles.experts, tiles.first, tiles.rows)
-    return product_kernel(gate_up_kernel(x, gate, up, *where), down, *where)
+    flat = chosen.flatten()
+    order = mx.argsort(flat)
+    experts = flat[order]
+    return product_kernel(gate_up_kernel(x, gate, up, order, experts), down, order, experts)
 
 
 def _packed(matrix: ExpertMatrix) -> PackedMatrix:

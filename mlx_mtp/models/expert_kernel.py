@@ -1,12 +1,14 @@
-"""A Metal kernel for experts in decoding: each touched expert's weights are read and decoded once for up to 8 rows.
+"""A GPU kernel for experts in decoding: each touched expert's weights are read and decoded once for up to 8 rows.
 
 MLX's own gathered products read an expert again for every route where rows are single, or run unfilled rows of a tile
 where they are not. Here a simdgroup of 32 lanes takes one tile (rows of one expert) and a few of the matrix' outputs:
 lanes read neighbouring words of the weights, decode them to float32 and use them for every row of the tile that is
-filled. Tiles that are not needed return at once, so the bound on their number costs nothing.
+filled. A tile is found by the place of its first route among the routes sorted by expert: simdgroups at other places
+return at once, so nothing but the sorting has to be done beforehand.
 
-The body is written in what Metal and C++ have in common. A test compiles it as C++, runs it lane by lane and counts its
-reads; on a device it is compared with the portable path before it is ever used (see `expert_calibration`).
+The body is written for Metal in what C++ has too. CUDA runs the same text: a warp is a simdgroup, and a few lines give
+it Metal's names. A test compiles the body as C++, runs it lane by lane and counts its reads; on a device it is compared
+with the portable path before it is ever used (see `expert_calibration`).
 
 Rounding: weights are decoded as scale * q + bias in float32, rows are widened to float32, and sums are float32. They
 are rounded to the rows' dtype twice: the hidden row after gelu(gate) * up, and the output.
@@ -69,8 +71,8 @@ def pack_quantized(
 
 
 def is_available() -> bool:
-    """Whether there is a device that kernels in Metal can run on."""
-    return is_gpu() and mx.metal.is_available()
+    """Whether there is a device that the kernel can run on: a Mac's GPU or one that MLX uses CUDA on."""
+    return is_gpu() and (mx.metal.is_available() or mx.cuda.is_available())
 
 
 DECODE = """
@@ -97,15 +99,19 @@ DECODE = """
 
 BODY = """
     const int lane = thread_index_in_simdgroup;
-    const int tile = thread_position_in_grid.z;
+    const int place = thread_position_in_grid.z;
     const int first_out = thread_position_in_grid.y * OUTS;
-    const int rows = tile_rows[tile];
-    if (rows == 0) return;
-    const int expert = tile_expert[tile];
+    const uint32_t expert = experts[place];
+    int start = place;
+    while (start > 0 && experts[start - 1] == expert) --start;
+    if ((place - start) % 8 != 0) return;
+    const int rest = threads_per_grid.z - place;
+    int rows = 1;
+    while (rows < 8 && rows < rest && experts[place + rows] == expert) ++rows;
     int route[8], source[8];
     UNROLL
     for (int r = 0; r < 8; ++r) {
-        route[r] = r < rows ? int(order[tile_first[tile] + r]) : 0;
+        route[r] = r < rows ? int(order[place + r]) : 0;
         source[r] = route[r] / ROUTES_PER_ROW;
     }
     DECLARE_SUMS
@@ -164,49 +170,73 @@ def source(matrices: tuple[str, ...], finish: str) -> str:
     body = body.replace("DECLARE_BLOCKS", each("float MATRIX_block[OUTS][8] = {};"))
     body = body.replace("DECODE_BLOCKS", each(DECODE))
     body = body.replace("ADD_PRODUCTS", each("MATRIX_sums[o][r] += MATRIX_block[o][i] * inputs[i];"))
-    body = body.replace("FINISH", finish).replace("OUTS", str(OUTPUTS // len(matrices)))
-    return body.replace("UNROLL", '_Pragma("clang loop unroll(full)")')  # arrays stay in registers only if unrolled
+    return body.replace("FINISH", finish).replace("OUTS", str(OUTPUTS // len(matrices)))
 
 
 MATRICES = {"product": ("weight",), "gate_up": ("gate", "up")}
 SOURCES = {"product": source(MATRICES["product"], PRODUCT), "gate_up": source(MATRICES["gate_up"], GATED)}
-TILE_NAMES = ("order", "tile_expert", "tile_first", "tile_rows")
+
+# Arrays stay in registers only if loops over them are unrolled.
+METAL_HEADER = '#define UNROLL _Pragma("clang loop unroll(full)")\n'
+CUDA_HEADER = """
+#define UNROLL _Pragma("unroll")
+namespace metal { __device__ inline float exp(float x) { return ::expf(x); } }
+template <typename To> __device__ inline To as_type(unsigned bits) { return __uint_as_float(bits); }
+__device__ inline float simd_sum(float value) {
+    for (int step = 16; step > 0; step /= 2) value += __shfl_xor_sync(0xffffffff, value, step);
+    return value;
+}
+"""
+CUDA_PLACE = """
+    const uint3 thread_position_in_grid = {threadIdx.x, blockIdx.y * blockDim.y + threadIdx.y, blockIdx.z};
+    const uint3 threads_per_grid = {blockDim.x, gridDim.y * blockDim.y, gridDim.z};
+    const unsigned thread_index_in_simdgroup = threadIdx.x;
+"""
 
 
 def input_names(kind: str) -> list[str]:
-    """The kernel's inputs in order: rows, the parts of each matrix, tiles."""
-    return ["x", *(name + part for name in MATRICES[kind] for part in ("", "_scales", "_biases")), *TILE_NAMES]
+    """The kernel's inputs in order: rows, the parts of each matrix, sorted routes."""
+    return ["x", *(name + part for name in MATRICES[kind] for part in ("", "_scales", "_biases")), "order", "experts"]
 
 
 @cache
 def _built(kind: str) -> Callable[..., Any]:
-    kernel: Any = mx.fast.metal_kernel(
-        name=f"mlx_mtp_expert_{kind}", input_names=input_names(kind), output_names=["out"], source=SOURCES[kind]
-    )
+    name, inputs, outputs = f"mlx_mtp_expert_{kind}", input_names(kind), ["out"]
+    kernel: Any
+    if mx.cuda.is_available():
+        kernel = mx.fast.cuda_kernel(name, inputs, outputs, source=CUDA_PLACE + SOURCES[kind], header=CUDA_HEADER)
+    else:
+        kernel = mx.fast.metal_kernel(name, inputs, outputs, source=SOURCES[kind], header=METAL_HEADER)
     return kernel
 
 
-def _run(kind: str, x: mx.array, matrices: tuple[PackedMatrix, ...], tiles: tuple[mx.array, ...]) -> mx.array:
-    order, experts, *_ = tiles
+def _run(
+    kind: str, x: mx.array, matrices: tuple[PackedMatrix, ...], order: mx.array, experts: mx.array
+) -> mx.array:
     packed, routes = matrices[0], order.size
     blocks = -(-packed.outputs // (OUTPUTS // len(matrices)))
     operands = [array for matrix in matrices for array in (matrix.words, matrix.scales, matrix.biases)]
     return _built(kind)(
-        inputs=[x, *operands, *tiles],
+        inputs=[x, *operands, order, experts],
         template=[("T", x.dtype), ("IN", packed.inputs), ("OUT", packed.outputs), ("BITS", packed.bits),
                   ("GROUP", packed.group_size), ("ROUTES_PER_ROW", routes // x.shape[0])],
-        grid=(LANES, blocks, experts.size),
+        grid=(LANES, blocks, routes),
         threadgroup=(LANES, min(SIMDGROUPS, blocks), 1),
         output_shapes=[(routes, packed.outputs)],
         output_dtypes=[x.dtype],
     )[0]
 
 
-def gate_up_kernel(x: mx.array, gate: PackedMatrix, up: PackedMatrix, *tiles: mx.array) -> mx.array:
-    """gelu(x gate) * (x up) for every route: x [N, in] -> [R, out]. tiles: order, experts, first, rows of `Tiles`."""
-    return _run("gate_up", x, (gate, up), tiles)
+def gate_up_kernel(
+    x: mx.array, gate: PackedMatrix, up: PackedMatrix, order: mx.array, experts: mx.array
+) -> mx.array:
+    """gelu(x gate) * (x up) for every route: x [N, in] -> [R, out]. order, experts: [R], as `product_kernel` has them.
+
+    A row's routes are neighbours: route r belongs to row r // (R / N).
+    """
+    return _run("gate_up", x, (gate, up), order, experts)
 
 
-def product_kernel(x: mx.array, weight: PackedMatrix, *tiles: mx.array) -> mx.array:
-    """x weight for every route: x [R, in] -> [R, out]. tiles: order, experts, first, rows of `Tiles`."""
-    return _run("product", x, (weight,), tiles)
+def product_kernel(x: mx.array, weight: PackedMatrix, order: mx.array, experts: mx.array) -> mx.array:
+    """x weight for every route: x [R, in] -> [R, out]. order: [R], routes sorted by expert; experts: [R], theirs."""
+    return _run("product", x, (weight,), order, experts)
