@@ -1,6 +1,7 @@
 """Is K = "auto" never slower? Replayed acceptance from 0 to 1, against every fixed K.
 
     python -m bench.never_slower [FOLDER] [--rows 1 4 8] [--acceptance 0 0.4 0.8 1]     FOLDER as in bench.serving
+    python -m bench.never_slower --shapes 26B-A4B --bits 4                              as in bench.real_shapes
 
 The engine decodes with "auto", cold. Every 32 rounds it is halted, and for each K some rounds of the same engine are
 timed, over the text that comes next. The Ks it chose are priced with the medians of those, and with what choosing
@@ -29,9 +30,13 @@ import numpy as np
 import mlx_mtp
 from bench import blas
 from bench.card import environment_card, print_card
+from bench.model_bytes import BITS
 from bench.prompts import RANDOM, random_prompts
+from bench.real_shapes import ScriptedTarget, shaped_pair
+from bench.recipe_sizes import FAMILY
 from bench.replay import ReplayDrafter, replayed_drafts
 from mlx_mtp import Pair
+from mlx_mtp.check.loading import choose_fastest_dispatch
 from mlx_mtp.command import guarded
 from mlx_mtp.config import EngineConfig, SamplingParams
 from mlx_mtp.engine.engine import Engine
@@ -65,7 +70,9 @@ class Prices:
 
 
 def texts(pair: Pair, rows: int) -> list[list[int]]:
-    """Plain decoding's, prompts included."""
+    """Plain decoding's, prompts included; a scripted target's are known without it."""
+    if isinstance(pair.target, ScriptedTarget):
+        return [[*prompt, *pair.target.text_after(prompt, TOKENS)] for prompt in random_prompts(RANDOM, rows, PROMPT)]
     requests = [Request(prompt, SamplingParams(TOKENS), frozenset(), 10**6)
                 for prompt in random_prompts(RANDOM, rows, PROMPT)]
     for _ in Engine(pair.target, None, EngineConfig(prefix_tokens=0, prefill_chunk=rows * PROMPT)).run(requests):
@@ -217,9 +224,15 @@ def main() -> int:
     cli.add_argument("folder", nargs="?", default="demo")
     cli.add_argument("--rows", type=int, nargs="+", default=[1, 4, 8])
     cli.add_argument("--acceptance", type=float, nargs="+", default=[0.0, 0.2, 0.4, 0.6, 0.8, 1.0])
+    cli.add_argument("--shapes", metavar="NAME", help=f"random weights of the shapes of one of {', '.join(FAMILY)}")
+    cli.add_argument("--bits", type=int, choices=BITS, default=4, help="of those shapes (default: %(default)s)")
     blas.add_flag(cli)
     args = cli.parse_args()
-    pair = mlx_mtp.load(None if args.folder == "demo" else args.folder)
+    if args.shapes is not None:
+        pair = shaped_pair(args.shapes, args.bits, draft_bits=4)
+        choose_fastest_dispatch(pair)
+    else:
+        pair = mlx_mtp.load(None if args.folder == "demo" else args.folder)
     print_card(environment_card())
     known = texts(pair, max(args.rows))
     for rows in args.rows:

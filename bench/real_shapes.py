@@ -67,6 +67,14 @@ class ScriptedTarget(Target):
         is_next = mx.arange(logits.shape[-1], dtype=mx.int32) == following[..., None]
         return mx.where(is_next, mx.array(CERTAIN, logits.dtype), logits)
 
+    def text_after(self, prompt: Sequence[int], count: int) -> list[int]:
+        """The script's next `count` tokens."""
+        successors, token, text = np.array(self._successors), prompt[-1], []
+        for _ in range(count):
+            token = int(successors[token])
+            text.append(token)
+        return text
+
 
 def cycle(vocab_size: int, left_out: frozenset[int], seed: int) -> np.ndarray:
     """[V]: one walk through all tokens but those left out, which are entered from nowhere."""
@@ -142,6 +150,13 @@ def family_name(name: str) -> str:
     return known[name.lower()]
 
 
+def shaped_pair(name: str, bits: int, draft_bits: int, layers: int | None = None, seed: int = 0) -> Pair:
+    """A random pair of a family member's shapes. Raises RequestError for an unknown name or number of layers."""
+    whole = family_target(family_name(name), bits)
+    target, drafter = first_layers(whole, layers), family_drafter(whole, draft_bits)
+    return random_pair(target, drafter, default_dtype() or mx.bfloat16, seed)
+
+
 def parser() -> argparse.ArgumentParser:
     cli = Parser(prog="python -m bench.real_shapes", description=(__doc__ or "").splitlines()[0])
     cli.add_argument("model", help=f"one of {', '.join(FAMILY)}")
@@ -167,12 +182,10 @@ def _main(args: argparse.Namespace) -> None:
         plots.check_installed()
     name = family_name(args.model)
     check_output_folder(args.output)
-    whole = family_target(name, args.bits)
-    target, drafter = first_layers(whole, args.layers), family_drafter(whole, args.draft_bits)
-    pair = random_pair(target, drafter, default_dtype() or mx.bfloat16, args.seed)
+    pair = shaped_pair(name, args.bits, args.draft_bits, args.layers, args.seed)
     if not args.no_calibration:
         choose_fastest_dispatch(pair)
-    layers = f"{len(target.config.text.layers)} of {len(whole.config.text.layers)} layers"
+    layers = f"{len(pair.target.config.text.layers)} of {len(family_target(name, args.bits).config.text.layers)} layers"
     card = environment_card() | {
         "target": f"the shapes of {name}, {layers}, random weights, seed {args.seed}",
         "target numbers": numbers(pair.target), "drafter numbers": numbers(pair.drafter)}
