@@ -181,7 +181,9 @@ def _main(args: argparse.Namespace) -> None:
     if args.plots:
         plots.check_installed()
     name = family_name(args.model)
-    check_output_folder(args.output)
+    folders = [args.output / f"acceptance-{config.acceptance:g}" for config in configs]
+    for folder in folders:
+        check_output_folder(folder)
     pair = shaped_pair(name, args.bits, args.draft_bits, args.layers, args.seed)
     if not args.no_calibration:
         choose_fastest_dispatch(pair)
@@ -189,8 +191,8 @@ def _main(args: argparse.Namespace) -> None:
     card = environment_card() | {
         "target": f"the shapes of {name}, {layers}, random weights, seed {args.seed}",
         "target numbers": numbers(pair.target), "drafter numbers": numbers(pair.drafter)}
-    for config in configs:
-        save(run(pair, config, card, NoPeers(), tell), args.output / f"acceptance-{config.acceptance:g}", args.plots)
+    for config, folder in zip(configs, folders, strict=True):
+        save(run(pair, config, card, NoPeers(), tell), folder, args.plots)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ struct bfloat16_t {
     operator float() const { return as_type<float>(uint32_t(bits) << 16); }
 };
 
-enum Fault { NONE, READ_OUTSIDE, WRITTEN_OUTSIDE, DIVERGED };
+enum Fault { NONE, READ_OUTSIDE, WRITTEN_OUTSIDE, DIVERGED, MISALIGNED, UNKNOWN_BITS };
 static Fault fault = NONE;
 
 struct Simdgroup {
@@ -63,6 +63,14 @@ template <typename T> struct Input {
         return data[i];
     }
 };
+
+template <int N, typename T> struct Several { T values[N]; };
+template <int N, typename T> Several<N, T> read_several(const Input<T>& from, size_t index) {
+    if (index * sizeof(T) % (N * sizeof(T) < 16 ? N * sizeof(T) : 16)) fault = MISALIGNED;
+    Several<N, T> several;
+    for (int i = 0; i < N; ++i) several.values[i] = from[index + i];
+    return several;
+}
 
 template <typename T> struct Output {
     T* data;

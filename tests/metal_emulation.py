@@ -12,10 +12,12 @@ import mlx.core as mx
 import numpy as np
 
 FAULTS = ("none", "an input is read outside its bounds", "an output is written outside its bounds",
-          "lanes of one simdgroup diverge")
+          "lanes of one simdgroup diverge", "a wide read is not aligned",
+          "no such number of bits")
 LANES = 32
 HEADER = Path(__file__).with_suffix(".h")
-INTEGERS = ("IN", "OUT", "BITS", "GROUP", "ROUTES_PER_ROW")  # template arguments besides T
+INTEGERS = ("IN", "OUT", "GROUP", "ROUTES_PER_ROW")  # template arguments besides T and BITS
+BITS = (4, 8, 16, 32)
 WORDS = ("weight", "gate", "up", "order", "experts")
 
 
@@ -41,21 +43,27 @@ def program(input_names: Sequence[str], source: str) -> str:
     )
     last = len(input_names)
     numbers = ", ".join(f"integers[{i}]" for i in range(len(INTEGERS)))
+    cases = " ".join(f"case {bits}: return run<T, {bits}>(arrays, sizes, counts, integers, y, z);" for bits in BITS)
     return f"""#include "{HEADER}"
-template <typename T> void kernel({', '.join(inputs)}, Output<T> out, {integers},
-                                  uint3 thread_position_in_grid, uint3 threads_per_grid,
-                                  uint thread_index_in_simdgroup) {{ {source} }}
-template <typename T> int run(void** arrays, size_t* sizes, uint32_t** counts, int* integers, uint y, uint z) {{
+template <typename T, int BITS> void kernel({', '.join(inputs)}, Output<T> out, {integers},
+        uint3 thread_position_in_grid, uint3 threads_per_grid, uint thread_index_in_simdgroup) {{ {source} }}
+template <typename T, int BITS> int run(void** arrays, size_t* sizes, uint32_t** counts, int* integers,
+        uint y, uint z) {{
     return run_grid(y, z, [&](uint3 position, uint lane) {{
-        kernel<T>({arguments}, Output<T>{{static_cast<T*>(arrays[{last}]), sizes[{last}], counts[{last}]}}, {numbers},
-                  position, uint3{{32, y, z}}, lane);
+        kernel<T, BITS>({arguments}, Output<T>{{static_cast<T*>(arrays[{last}]), sizes[{last}], counts[{last}]}},
+                        {numbers}, position, uint3{{32, y, z}}, lane);
     }});
 }}
-extern "C" int run_float(void** a, size_t* s, uint32_t** c, int* i, uint y, uint z) {{
-    return run<float>(a, s, c, i, y, z);
+template <typename T> int run(void** arrays, size_t* sizes, uint32_t** counts, int* integers,
+        int bits, uint y, uint z) {{
+    switch (bits) {{ {cases} }}
+    return UNKNOWN_BITS;
 }}
-extern "C" int run_bfloat16(void** a, size_t* s, uint32_t** c, int* i, uint y, uint z) {{
-    return run<bfloat16_t>(a, s, c, i, y, z);
+extern "C" int run_float(void** a, size_t* s, uint32_t** c, int* i, int bits, uint y, uint z) {{
+    return run<float>(a, s, c, i, bits, y, z);
+}}
+extern "C" int run_bfloat16(void** a, size_t* s, uint32_t** c, int* i, int bits, uint y, uint z) {{
+    return run<bfloat16_t>(a, s, c, i, bits, y, z);
 }}
 """
 
@@ -96,7 +104,7 @@ class EmulatedKernel:
         sizes = (ctypes.c_size_t * len(everything))(*(array.size for array in everything))
         integers = (ctypes.c_int * len(INTEGERS))(*(values[name] for name in INTEGERS))
         run = self._library.run_bfloat16 if dtype == mx.bfloat16 else self._library.run_float
-        if fault := run(pointers(everything), sizes, pointers(counts), integers, grid[1], grid[2]):
+        if fault := run(pointers(everything), sizes, pointers(counts), integers, values["BITS"], grid[1], grid[2]):
             raise KernelError(FAULTS[fault])
         if not (counts[-1] == 1).all():
             raise KernelError("an output is not written exactly once")

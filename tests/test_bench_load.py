@@ -123,6 +123,17 @@ def test_a_random_pairs_text_is_the_script_and_acceptance_is_what_was_asked_for(
         assert text == random_pair.target.text_after(prompt, len(text))
 
 
+def test_each_acceptance_is_recorded_in_a_folder_of_its_own(
+    random_pair: Pair, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(real_shapes, "shaped_pair", lambda *shapes: random_pair)
+    flags = "--rows 1 --num-draft-tokens 1 --max-tokens 6 --runs 1 --no-plots --no-calibration --acceptance 0.5 1"
+    assert real_shapes.main(["26b-a4b", *flags.split(), "--output", str(tmp_path / "new")]) == 0
+    for acceptance in ("0.5", "1"):
+        record = json.loads((tmp_path / f"new/acceptance-{acceptance}/decode.json").read_text(encoding="utf-8"))
+        assert record["settings"]["acceptance"] == float(acceptance)
+
+
 def test_the_script_walks_through_the_whole_vocabulary_but_what_is_left_out() -> None:
     successors = real_shapes.cycle(50, frozenset({3, 7}), seed=1)
     token, seen = 0, set()

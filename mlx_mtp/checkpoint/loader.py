@@ -117,7 +117,12 @@ def open_weights(folder: Path, part: Part, config: TextConfig) -> Weights[mx.arr
             assert isinstance(tensors, dict)
             yield file, tensors
 
-    return assign(opened(), part, config, lambda array, half: mx.split(array, 2, axis=-2)[half])
+    return assign(opened(), part, config, _half_of)
+
+
+def _half_of(array: mx.array, half: int) -> mx.array:
+    """A copy: MLX's CUDA products of sorted routes misread a view of experts, and kernels want matrices whole."""
+    return mx.contiguous(mx.split(array, 2, axis=-2)[half])
 
 
 def assign(

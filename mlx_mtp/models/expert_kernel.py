@@ -27,7 +27,7 @@ from mlx_mtp.device import is_gpu
 TILE_ROWS = 8  # the body keeps so many sums of each output in registers
 BLOCK = 8  # inputs a lane takes at a time
 LANES = 32
-OUTPUTS = 4  # of a simdgroup, over all matrices
+OUTPUTS = 2  # of a simdgroup, over all matrices: more would reread rows less often, but take registers
 SIMDGROUPS = 4  # of a threadgroup; they share nothing but the cache
 
 
@@ -76,7 +76,7 @@ def is_available() -> bool:
 
 
 DECODE = """
-                const size_t MATRIX_words = row * (IN * BITS / 32) + column * BITS / 32;
+                const auto MATRIX_words = read_several<BITS / 4>(MATRIX, row * (IN * BITS / 32) + column * BITS / 32);
                 float MATRIX_scale = 1, MATRIX_bias = 0;
                 if (BITS < 16) {
                     MATRIX_scale = float(MATRIX_scales[row * (IN / GROUP) + column / GROUP]);
@@ -84,7 +84,7 @@ DECODE = """
                 }
                 UNROLL
                 for (int w = 0; w < BITS / 4; ++w) {
-                    const uint32_t word = MATRIX[MATRIX_words + w];
+                    const uint32_t word = MATRIX_words.values[w];
                     UNROLL
                     for (int i = 0; i < 32 / BITS; ++i) {
                         const uint32_t bits = word >> (i * BITS);
@@ -127,9 +127,7 @@ BODY = """
         UNROLL
         for (int r = 0; r < 8; ++r) {
             if (r < rows) {
-                float inputs[8];
-                UNROLL
-                for (int i = 0; i < 8; ++i) inputs[i] = float(x[size_t(source[r]) * IN + column + i]);
+                const auto inputs = read_several<8>(x, size_t(source[r]) * IN + column);
                 UNROLL
                 for (int o = 0; o < OUTS; ++o) {
                     UNROLL
@@ -169,24 +167,37 @@ def source(matrices: tuple[str, ...], finish: str) -> str:
     body = BODY.replace("DECLARE_SUMS", each("float MATRIX_sums[OUTS][8] = {};"))
     body = body.replace("DECLARE_BLOCKS", each("float MATRIX_block[OUTS][8] = {};"))
     body = body.replace("DECODE_BLOCKS", each(DECODE))
-    body = body.replace("ADD_PRODUCTS", each("MATRIX_sums[o][r] += MATRIX_block[o][i] * inputs[i];"))
+    body = body.replace("ADD_PRODUCTS", each("MATRIX_sums[o][r] += MATRIX_block[o][i] * float(inputs.values[i]);"))
     return body.replace("FINISH", finish).replace("OUTS", str(OUTPUTS // len(matrices)))
 
 
 MATRICES = {"product": ("weight",), "gate_up": ("gate", "up")}
 SOURCES = {"product": source(MATRICES["product"], PRODUCT), "gate_up": source(MATRICES["gate_up"], GATED)}
 
-# Arrays stay in registers only if loops over them are unrolled.
-METAL_HEADER = '#define UNROLL _Pragma("clang loop unroll(full)")\n'
+# Arrays stay in registers only if loops over them are unrolled. Neighbours are read in one or two wide reads, which a
+# compiler does not make of single ones, not knowing that they are aligned; here widths are multiples of BLOCK.
+READ_SEVERAL = """
+template <int N, typename T> struct alignas(N * sizeof(T) < 16 ? N * sizeof(T) : 16) Several { T values[N]; };
+template <int N, typename T> FUNCTION Several<N, T> read_several(const MEMORY T* from, size_t index) {
+    return *(const MEMORY Several<N, T>*)(from + index);
+}
+"""
+METAL_HEADER = """
+#define UNROLL _Pragma("clang loop unroll(full)")
+#define FUNCTION inline
+#define MEMORY device
+""" + READ_SEVERAL
 CUDA_HEADER = """
 #define UNROLL _Pragma("unroll")
-namespace metal { __device__ inline float exp(float x) { return ::expf(x); } }
-template <typename To> __device__ inline To as_type(unsigned bits) { return __uint_as_float(bits); }
-__device__ inline float simd_sum(float value) {
+#define FUNCTION __device__ inline
+#define MEMORY
+namespace metal { FUNCTION float exp(float x) { return ::expf(x); } }
+template <typename To> FUNCTION To as_type(unsigned bits) { return __uint_as_float(bits); }
+FUNCTION float simd_sum(float value) {
     for (int step = 16; step > 0; step /= 2) value += __shfl_xor_sync(0xffffffff, value, step);
     return value;
 }
-"""
+""" + READ_SEVERAL
 CUDA_PLACE = """
     const uint3 thread_position_in_grid = {threadIdx.x, blockIdx.y * blockDim.y + threadIdx.y, blockIdx.z};
     const uint3 threads_per_grid = {blockDim.x, gridDim.y * blockDim.y, gridDim.z};
