@@ -64,7 +64,6 @@ template <typename T> struct Input {
     }
 };
 
-template <int N, typename T> struct Several { T values[N]; };
 template <int N, typename T> Several<N, T> read_several(const Input<T>& from, size_t index) {
     if (index * sizeof(T) % (N * sizeof(T) < 16 ? N * sizeof(T) : 16)) fault = MISALIGNED;
     Several<N, T> several;

@@ -11,6 +11,8 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
+from mlx_mtp.models.expert_kernel import METAL_HEADER
+
 FAULTS = ("none", "an input is read outside its bounds", "an output is written outside its bounds",
           "lanes of one simdgroup diverge", "a wide read is not aligned",
           "no such number of bits")
@@ -44,7 +46,10 @@ def program(input_names: Sequence[str], source: str) -> str:
     last = len(input_names)
     numbers = ", ".join(f"integers[{i}]" for i in range(len(INTEGERS)))
     cases = " ".join(f"case {bits}: return run<T, {bits}>(arrays, sizes, counts, integers, y, z);" for bits in BITS)
-    return f"""#include "{HEADER}"
+    return f"""#include <cstddef>
+#define device
+{METAL_HEADER}
+#include "{HEADER}"
 template <typename T, int BITS> void kernel({', '.join(inputs)}, Output<T> out, {integers},
         uint3 thread_position_in_grid, uint3 threads_per_grid, uint thread_index_in_simdgroup) {{ {source} }}
 template <typename T, int BITS> int run(void** arrays, size_t* sizes, uint32_t** counts, int* integers,
@@ -80,7 +85,7 @@ class EmulatedKernel:
         self.names, self.reads = tuple(input_names), dict[str, np.ndarray]()
         text, library = folder / f"{name}.cpp", folder / f"{name}.so"
         text.write_text(program(input_names, source))
-        options = ["-std=c++17", "-O1", "-shared", "-fPIC", "-w", "-DUNROLL="]
+        options = ["-std=c++17", "-O1", "-shared", "-fPIC", "-w"]
         subprocess.run([compiler() or "", *options, str(text), "-o", str(library)], check=True)
         self._library = ctypes.CDLL(str(library))
 
@@ -91,6 +96,7 @@ class EmulatedKernel:
         assert grid[0] == threadgroup[0] == LANES  # else a simdgroup would not be one row of the grid
         assert threadgroup[0] * threadgroup[1] * threadgroup[2] <= 1024
         values, dtype = dict(template), output_dtypes[0]
+        y = -(-grid[1] // threadgroup[1]) * threadgroup[1]  # CUDA runs whole threadgroups
         arrays = [np.ascontiguousarray(as_numpy(array)) for array in inputs]
         for name, array in zip(self.names, arrays, strict=True):
             assert element(name) == "T" or array.dtype == np.uint32
@@ -104,7 +110,7 @@ class EmulatedKernel:
         sizes = (ctypes.c_size_t * len(everything))(*(array.size for array in everything))
         integers = (ctypes.c_int * len(INTEGERS))(*(values[name] for name in INTEGERS))
         run = self._library.run_bfloat16 if dtype == mx.bfloat16 else self._library.run_float
-        if fault := run(pointers(everything), sizes, pointers(counts), integers, values["BITS"], grid[1], grid[2]):
+        if fault := run(pointers(everything), sizes, pointers(counts), integers, values["BITS"], y, grid[2]):
             raise KernelError(FAULTS[fault])
         if not (counts[-1] == 1).all():
             raise KernelError("an output is not written exactly once")

@@ -41,6 +41,14 @@ def layer() -> SwitchGLU:
     return SwitchGLU(32, ExpertsConfig(8, 2, 64))
 
 
+def of_formats(*bits: int) -> SwitchGLU:
+    """Gate, up and down of so many bits each."""
+    one = layer()
+    for name, each in zip(("gate_proj", "up_proj", "down_proj"), bits, strict=True):
+        setattr(one, name, getattr(one, name).to_quantized(32, each))
+    return one
+
+
 def target_of(layers: list[SwitchGLU], is_mixture: bool = True) -> Any:
     """As much of a target as calibration looks at."""
     text = SimpleNamespace(hidden_size=32, experts=ExpertsConfig(8, 2, 64) if is_mixture else None)
@@ -139,10 +147,11 @@ def _two_cores(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_sharing_out_among_cores_is_tried_only_where_there_are_some(monkeypatch: pytest.MonkeyPatch) -> None:
     assert SPLIT in candidates(SHAPE, 2, PORTABLE)
-    key = entry_key(layer(), SHAPE, False)
+    key = entry_key([layer()], SHAPE, False)
     monkeypatch.setattr(expert_calibration, "side_lanes", lambda: ())
     assert SPLIT not in candidates(SHAPE, 2, PORTABLE)
-    assert entry_key(layer(), SHAPE, False) != key
+    assert entry_key([layer()], SHAPE, False) != key
+    assert entry_key([layer(), of_formats(8, 8, 8)], SHAPE, False) != entry_key([layer()], SHAPE, False)
 
 
 def test_few_routes_are_not_tried_on_tall_tiles_or_all_experts() -> None:
@@ -210,12 +219,77 @@ def test_a_kernel_that_differs_is_dropped_with_one_line(
     assert [record.levelno for record in caplog.records] == [logging.WARNING]
 
 
+def lost(part: str, out: mx.array) -> mx.array:
+    """[N, top_k, D] without the first column, or the first route."""
+    rows = out.reshape(-1, out.shape[-1])
+    kept = mx.arange(rows.shape[1]) > 0 if part == "column" else mx.arange(rows.shape[0])[:, None] > 0
+    return (rows * kept).reshape(out.shape)
+
+
+@pytest.mark.parametrize("part", ["column", "route"])
+def test_a_kernel_that_leaves_out_one_column_or_route_is_dropped_in_half_precision_too(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, part: str
+) -> None:
+    mx.random.seed(0)
+    wide, is_broken = SwitchGLU(64, ExpertsConfig(64, 2, 64)), True
+
+    def run(strategy: str, x: mx.array, chosen: mx.array, mlp: Any) -> mx.array:
+        out = dispatch(GATHER, x.astype(mx.float32), chosen, mlp)
+        return lost(part, out) if is_broken and strategy == KERNEL and len(chosen) == 33 else out
+
+    monkeypatch.setattr(expert_calibration, "dispatch", run)
+    # Of the real shapes' thousands of columns one weighs 0.02 of the whole; one of 64 columns or 66 routes 0.125.
+    monkeypatch.setattr(expert_calibration, "HALF_TOLERANCE", 0.14)
+    assert not kernel_is_sound([wide], Shape(64, 64, 2, mx.bfloat16))
+    assert len(caplog.records) == 1
+    is_broken = False
+    assert kernel_is_sound([wide], Shape(64, 64, 2, mx.bfloat16))
+
+
+def test_the_kernel_is_tried_on_full_tiles_that_follow_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    most = []
+
+    def run(strategy: str, x: mx.array, chosen: mx.array, *mlp: Any) -> mx.array:
+        most.append(max(np.bincount(np.array(chosen).flatten())))
+        return dispatch(GATHER, x, chosen, *mlp)
+
+    monkeypatch.setattr(expert_calibration, "dispatch", run)
+    assert kernel_is_sound([layer()], SHAPE)
+    assert max(most) > 2 * expert_kernel.TILE_ROWS
+
+
+def test_the_kernel_is_tried_on_each_format_of_a_mixed_checkpoint(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    plain, quantized = layer(), of_formats(4, 4, 8)
+
+    def run(strategy: str, x: mx.array, chosen: mx.array, mlp: Any) -> mx.array:
+        is_wrong = strategy == KERNEL and mlp.gate is quantized.gate_proj
+        return dispatch(GATHER, x, chosen, mlp) * (0.9 if is_wrong else 1)
+
+    monkeypatch.setattr(expert_calibration, "dispatch", run)
+    assert kernel_is_sound([plain, plain], SHAPE)
+    assert not kernel_is_sound([plain, quantized], SHAPE)
+    assert len(caplog.records) == 1
+
+
+@pytest.mark.parametrize("bits", [(4, 8, 8), (4, 4, 5)])
+def test_a_layer_that_the_kernel_cannot_read_leaves_it_out_without_a_word(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, bits: tuple[int, int, int]
+) -> None:
+    # Gate and up are read by one loop, so they must be of one format; 5 bits it cannot decode.
+    monkeypatch.setattr(expert_calibration, "dispatch", lambda strategy, *given: dispatch(GATHER, *given))
+    assert kernel_is_sound([layer(), of_formats(4, 4, 8)], SHAPE)
+    assert not kernel_is_sound([layer(), of_formats(*bits)], SHAPE)
+    assert caplog.records == []
+
+
 @pytest.mark.skipif(mx.metal.is_available(), reason="here the kernel does compile")
 def test_a_kernel_that_does_not_compile_is_dropped_with_one_line(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     # What MLX raises here, where it has no Metal, is what it raises for a kernel that does not compile.
-    assert not kernel_is_sound(layer(), SHAPE)
+    assert not kernel_is_sound([layer()], SHAPE)
     assert len(caplog.records) == 1
     assert "does not run here" in caplog.text
 

@@ -14,16 +14,17 @@ from metal_emulation import EmulatedKernel, KernelError, compiler
 from mlx_mtp.config import ExpertsConfig
 from mlx_mtp.models import expert_kernel
 from mlx_mtp.models.expert_dispatch import KERNEL, dispatch
-from mlx_mtp.models.expert_kernel import MATRICES, SOURCES, TILE_ROWS, input_names, pack, product_kernel
+from mlx_mtp.models.expert_kernel import MATRICES, OUTPUTS, SOURCES, TILE_ROWS, input_names, pack, product_kernel
 from mlx_mtp.models.moe import ExpertLinear, QuantizedExpertLinear, SwitchGLU
 
-pytestmark = pytest.mark.skipif(compiler() is None, reason="no C++ compiler (g++ or clang++) to run the kernel with")
 CASES = 216
 Kernels = dict[str, EmulatedKernel]
 
 
 @pytest.fixture(scope="session")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> Kernels:
+    if compiler() is None:
+        pytest.skip("no C++ compiler (g++ or clang++) to run the kernel with")
     folder = tmp_path_factory.mktemp("kernels")
     return {kind: EmulatedKernel(input_names(kind), source, folder, kind) for kind, source in SOURCES.items()}
 
@@ -67,7 +68,7 @@ def random_layer(rng: np.random.Generator, case: int) -> tuple[SwitchGLU, Expert
     dtype = (mx.float32, mx.bfloat16)[case % 2]
     bits, group = (0, 4, 8)[case // 2 % 3], (32, 64, 128)[case // 6 % 3]
     step = group if bits else 8
-    hidden, width = (step * int(rng.integers(1, max(2, 288 // step))) for _ in range(2))
+    hidden, width = (step * int(rng.integers(-(-40 // step), 544 // step + 1)) for _ in range(2))  # lanes take 256
     count = int(rng.integers(1, 9))
     settings = ExpertsConfig(count, int(rng.integers(1, min(count, 4) + 1)), width)
     mx.random.seed(case)
@@ -102,9 +103,9 @@ def test_the_kernel_equals_a_dense_loop_over_experts_in_many_random_cases(kernel
     rng, fills = np.random.default_rng(0), set()
     for case in range(CASES):
         chosen = assert_equals_a_dense_loop(rng, case)
-        counts = np.bincount(chosen.flatten())
-        fills |= {*(counts % TILE_ROWS), *(TILE_ROWS for _ in np.nonzero(counts >= TILE_ROWS)[0])}
-    assert fills == set(range(TILE_ROWS + 1))  # tiles of every height were among them, and experts without any
+        for count in np.bincount(chosen.flatten()).tolist():
+            fills |= {min(TILE_ROWS, count - first) for first in range(0, count, TILE_ROWS)}
+    assert fills == set(range(1, TILE_ROWS + 1))  # tiles of every height were among them
 
 
 @pytest.mark.skipif(not (mx.metal.is_available() or mx.cuda.is_available()), reason="no GPU")
@@ -170,13 +171,33 @@ def test_an_off_by_one_in_the_tile_bounds_is_caught(
     assert is_right()  # and it was the mutation that was caught
 
 
-def test_outputs_need_not_fill_the_last_simdgroup(kernels: Kernels) -> None:
-    weight, x = mx.random.normal((3, 6, 16)), mx.random.normal((5, 16))
-    packed, chosen = pack(weight), mx.array([2, 0, 2, 1, 2], mx.uint32)
-    assert packed is not None
+def seven_outputs() -> tuple[mx.array, mx.array]:
+    """Products whose outputs do not fill the last simdgroup, and what they should be."""
+    weight, x = mx.random.normal((3, 7, 16), key=mx.random.key(0)), mx.random.normal((5, 16), key=mx.random.key(1))
+    assert weight.shape[1] % OUTPUTS
+    matrix, chosen = pack(weight), mx.array([2, 0, 2, 1, 2], mx.uint32)
+    assert matrix is not None
     order = mx.argsort(chosen)
-    got = product_kernel(x, packed, order, chosen[order])
-    assert np.allclose(got, (weight[chosen] @ x[..., None])[..., 0], atol=1e-5)
+    return product_kernel(x, matrix, order, chosen[order]), (weight[chosen] @ x[..., None])[..., 0]
+
+
+def test_outputs_need_not_fill_the_last_simdgroup(kernels: Kernels) -> None:
+    got, expected = seven_outputs()
+    assert np.allclose(got, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(("right", "wrong"), [
+    ("if (first_out + o < OUT)", "if (first_out + o <= OUT)"),  # weights behind the last ones are read
+    ("r < rows && first_out + o < OUT", "r < rows && first_out + o <= OUT"),  # an output too many is written
+])
+def test_an_off_by_one_in_the_outputs_is_caught(
+    kernels: Kernels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, right: str, wrong: str
+) -> None:
+    assert SOURCES["product"].count(right) == 1
+    mutant = EmulatedKernel(input_names("product"), SOURCES["product"].replace(right, wrong), tmp_path, "mutant")
+    monkeypatch.setattr(expert_kernel, "_built", {**kernels, "product": mutant}.__getitem__)
+    with pytest.raises(KernelError):
+        seven_outputs()
 
 
 def test_formats_that_the_kernel_cannot_decode_are_declined() -> None:

@@ -23,7 +23,7 @@ from mlx_mtp.config import DrafterConfig, QuantizationConfig, TargetConfig, Text
 from mlx_mtp.device import is_gpu
 from mlx_mtp.errors import CheckpointError, ConfigError, PairError, RequestError
 from mlx_mtp.models.drafter import Drafter
-from mlx_mtp.models.moe import ExpertLinear
+from mlx_mtp.models.moe import ExpertLinear, SwitchGLU
 from mlx_mtp.models.target import Target
 from mlx_mtp.models.vector_math import lacks_fast_kernels
 
@@ -117,12 +117,7 @@ def open_weights(folder: Path, part: Part, config: TextConfig) -> Weights[mx.arr
             assert isinstance(tensors, dict)
             yield file, tensors
 
-    return assign(opened(), part, config, _half_of)
-
-
-def _half_of(array: mx.array, half: int) -> mx.array:
-    """A copy: MLX's CUDA products of sorted routes misread a view of experts, and kernels want matrices whole."""
-    return mx.contiguous(mx.split(array, 2, axis=-2)[half])
+    return assign(opened(), part, config, lambda array, half: mx.split(array, 2, axis=-2)[half])
 
 
 def assign(
@@ -232,8 +227,12 @@ def check_draft_bits(bits: int | None) -> None:
 def materialize(model: nn.Module, part: Part, folder: Path) -> None:
     """Reads all weights of a model now. Raises CheckpointError naming a tensor whose values cannot be right."""
     _lay_out_for_cpu(model)
+    for module in model.modules():
+        if isinstance(module, SwitchGLU):  # one by one: where gate and up are halves, the whole is beside them so long
+            mx.eval(module.parameters())
     parameters = dict(tree_flatten(model.parameters()))
     mx.eval(parameters)
+    mx.clear_cache()
     floating = {path: array for path, array in parameters.items() if mx.issubdtype(array.dtype, mx.floating)}
     # A sum needs no memory of its own; only a suspect is looked at number by number.
     sums = np.array(mx.stack([array.sum().astype(mx.float32) for array in floating.values()]))
@@ -275,7 +274,9 @@ def _fill(
     """Quantizes the modules that are quantized on disk, checks every tensor, and hands the arrays to the model."""
     expected = check_weights(model, weights, raw, part, folder)
     dtype = dtype or _main_dtype(weights)
-    casted = [(path, _cast(array, expected[path].dtype, dtype)) for path, array in weights.arrays.items()]
+    # Halves of a fused tensor are views. MLX's CUDA products of sorted routes misread those, kernels would copy them.
+    casted = [(path, mx.contiguous(_cast(array, expected[path].dtype, dtype)))
+              for path, array in weights.arrays.items()]
     model.load_weights(casted, strict=True)
     model.eval()
 

@@ -31,6 +31,7 @@ from mlx_mtp.models.expert_dispatch import (
     DispatchPlan,
     default_plan,
     dispatch,
+    packed,
     tile_height,
 )
 from mlx_mtp.models.moe import QuantizedExpertLinear, SwitchGLU
@@ -52,6 +53,7 @@ LEAST_ROUNDS, MOST_ROUNDS = 3, 5  # of runs for one count; what time they leave 
 LAYERS_A_RUN = 4  # on a GPU, run in one go, so that waiting for it does not count much
 KERNEL_TOLERANCE = {mx.float32: 1e-4}  # relative, of the whole output
 HALF_TOLERANCE = 2e-2  # bfloat16 and float16: the portable path rounds gate, up and gelu too
+WORST_PART = 5.0  # times the tolerance is what a single route or column may be off by
 
 
 @dataclass(frozen=True)
@@ -125,9 +127,9 @@ def choose_dispatch(
         return plan
     shape = Shape(target.config.text.hidden_size, experts.num_experts, experts.top_k, target.dtype)
     strategies = list(PORTABLE)
-    if kernels and expert_kernel.is_available() and kernel_is_sound(layers[0], shape):
+    if kernels and expert_kernel.is_available() and kernel_is_sound(layers, shape):
         strategies.insert(0, KERNEL)
-    key = entry_key(layers[0], shape, KERNEL in strategies)
+    key = entry_key(layers, shape, KERNEL in strategies)
     stored = file.read(key)
     costs = None if stored is None else Costs.from_json(stored)
     if costs is None or not costs.seconds:
@@ -139,12 +141,13 @@ def choose_dispatch(
     return plan
 
 
-def entry_key(layer: SwitchGLU, shape: Shape, has_kernel: bool) -> str:
+def entry_key(layers: Sequence[SwitchGLU], shape: Shape, has_kernel: bool) -> str:
     """All that the costs depend on."""
-    gate, down = (_format(matrix) for matrix in (layer.gate_proj, layer.down_proj))
+    layer = layers[0]
+    formats = sorted({f"{_format(one.gate_proj)}, {_format(one.down_proj)}" for one in layers})
     width = layer.down_proj.weight.shape[1]
     return (f"experts: {machine()}, {shape.num_experts} experts, top {shape.top_k}, {shape.hidden_size} -> "
-            f"{layer.gate_proj.weight.shape[1]} -> {width}, {gate}, {down}, {shape.dtype}"
+            f"{layer.gate_proj.weight.shape[1]} -> {width}, {', '.join(formats)}, {shape.dtype}"
             + (f", {len(side_lanes())} side lanes" if side_lanes() else "") + (", kernel" if has_kernel else ""))
 
 
@@ -162,24 +165,45 @@ def random_pass(shape: Shape, tokens: int, seed: int) -> tuple[mx.array, mx.arra
     return x, mx.argpartition(scores, kth=shape.top_k - 1, axis=-1)[:, : shape.top_k]
 
 
-def kernel_is_sound(layer: SwitchGLU, shape: Shape) -> bool:
-    """Whether the kernel compiles on this device and gives what the portable path gives; says so in the log if not."""
-    if any(matrix.packed() is None for matrix in layer.mlp):
-        return False
+def kernel_is_sound(layers: Sequence[SwitchGLU], shape: Shape) -> bool:
+    """Whether the kernel can read all layers, compiles on this device and gives what the portable path gives.
+
+    Each format of weights is tried once. Says so in the log if not, but for formats that it cannot read.
+    """
+    kinds: dict[tuple[tuple[int, ...], ...], SwitchGLU] = {}
+    for layer in layers:
+        matrices = packed(layer.mlp)
+        if matrices is None:
+            return False
+        kinds.setdefault(tuple(matrix.format for matrix in matrices), layer)
     tolerance = KERNEL_TOLERANCE.get(shape.dtype, HALF_TOLERANCE)
-    for tokens in (1, 8, 33):
-        x, chosen = random_pass(shape, tokens, tokens)
-        expected = dispatch(GATHER, x, chosen, layer.mlp).astype(mx.float32).flatten()
-        try:
-            got = dispatch(KERNEL, x, chosen, layer.mlp).astype(mx.float32).flatten()
-            error = float(mx.linalg.norm(got - expected) / mx.linalg.norm(expected))
-        except (RuntimeError, ValueError) as failure:  # MLX's for a kernel that does not compile
-            LOG.warning("experts: the kernel does not run here (%s); doing without", _first_line(failure))
-            return False
-        if not error <= tolerance:  # NaN too
-            LOG.warning("experts: the kernel is off by %.1e on this device; doing without", error)
-            return False
+    for layer in kinds.values():
+        for x, chosen in _trials(shape):
+            try:
+                error = _error(dispatch(KERNEL, x, chosen, layer.mlp), dispatch(GATHER, x, chosen, layer.mlp))
+            except (RuntimeError, ValueError) as failure:  # MLX's for a kernel that does not compile
+                LOG.warning("experts: the kernel does not run here (%s); doing without", _first_line(failure))
+                return False
+            if not error <= tolerance:  # NaN too
+                LOG.warning("experts: the kernel is off by %.1e on this device; doing without", error)
+                return False
     return True
+
+
+def _trials(shape: Shape) -> Iterator[tuple[mx.array, mx.array]]:
+    """Rows and their experts: few and many, and all on the same ones, so that tiles are full and follow each other."""
+    for tokens in (1, 8, 33):
+        yield random_pass(shape, tokens, tokens)
+    x, chosen = random_pass(shape, 33, 0)
+    yield x, mx.broadcast_to(chosen[:1], chosen.shape)
+
+
+def _error(got: mx.array, expected: mx.array) -> float:
+    """Relative, of the whole or, where that is larger, a part of the worst route's and the worst column's."""
+    got, expected = (array.astype(mx.float32).flatten(0, -2) for array in (got, expected))
+    squares, usual = (got - expected) ** 2, (expected**2).mean()
+    parts = [squares.mean(), *((squares.mean(axis=axis).max() / WORST_PART**2) for axis in (0, 1))]
+    return float(mx.sqrt(mx.stack(parts).max() / usual))
 
 
 def _first_line(error: Exception) -> str:

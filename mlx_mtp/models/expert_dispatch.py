@@ -190,14 +190,18 @@ def _grouped(x: mx.array, chosen: mx.array, mlp: ExpertMLP, height: int) -> mx.a
 
 
 def _kernel(x: mx.array, chosen: mx.array, mlp: ExpertMLP) -> mx.array:
-    gate, up, down = (_packed(matrix) for matrix in mlp)
+    matrices = packed(mlp)
+    assert matrices is not None, "the plan asks for the kernel although it cannot read these matrices"
+    gate, up, down = matrices
     flat = chosen.flatten()
     order = mx.argsort(flat)
     experts = flat[order]
     return product_kernel(gate_up_kernel(x, gate, up, order, experts), down, order, experts)
 
 
-def _packed(matrix: ExpertMatrix) -> PackedMatrix:
-    packed = matrix.packed()
-    assert packed is not None, "the plan asks for the kernel although it cannot read these matrices"
-    return packed
+def packed(mlp: ExpertMLP) -> tuple[PackedMatrix, PackedMatrix, PackedMatrix] | None:
+    """Gate, up and down as the kernel reads them, or None if it cannot: gate and up must be of one format."""
+    gate, up, down = (matrix.packed() for matrix in mlp)
+    if gate is None or up is None or down is None or gate.format != up.format:
+        return None
+    return gate, up, down

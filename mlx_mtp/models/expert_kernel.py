@@ -45,6 +45,11 @@ class PackedMatrix(NamedTuple):
     group_size: int
 
     @property
+    def format(self) -> tuple[int, ...]:
+        """What the kernel is compiled for."""
+        return self.bits, self.group_size, self.outputs, self.inputs
+
+    @property
     def outputs(self) -> int:
         return self.words.shape[1]
 
@@ -57,8 +62,8 @@ def pack(weight: mx.array) -> PackedMatrix | None:
     """A plain matrix [E, out, in] for the kernel, without a copy; None if it has another dtype or an odd width."""
     if weight.dtype not in (mx.bfloat16, mx.float32) or weight.shape[-1] % BLOCK:
         return None
-    unread = mx.zeros((BLOCK,))
-    return PackedMatrix(weight.view(mx.uint32), unread, unread, 8 * weight.itemsize, weight.shape[-1])
+    words = weight.view(mx.uint32)
+    return PackedMatrix(words, words, words, 8 * weight.itemsize, weight.shape[-1])
 
 
 def pack_quantized(
@@ -103,6 +108,7 @@ BODY = """
     const int first_out = thread_position_in_grid.y * OUTS;
     const uint32_t expert = experts[place];
     int start = place;
+    while (start >= 8 && experts[start - 8] == expert) start -= 8;
     while (start > 0 && experts[start - 1] == expert) --start;
     if ((place - start) % 8 != 0) return;
     const int rest = threads_per_grid.z - place;
@@ -225,6 +231,7 @@ def _run(
     kind: str, x: mx.array, matrices: tuple[PackedMatrix, ...], order: mx.array, experts: mx.array
 ) -> mx.array:
     packed, routes = matrices[0], order.size
+    assert {matrix.format for matrix in matrices} == {packed.format}
     blocks = -(-packed.outputs // (OUTPUTS // len(matrices)))
     operands = [array for matrix in matrices for array in (matrix.words, matrix.scales, matrix.biases)]
     return _built(kind)(

@@ -86,15 +86,20 @@ class Acceptance:
         self._tried = [LEAST_WEIGHT, *[0.0] * (longest - 1)][:longest]
         self._kept = [LEAST_WEIGHT * usual, *[0.0] * (longest - 1)][:longest]
         self._surplus = self._variance = 0.0  # of accepted drafts, lately, over what was expected
+        self._plain = 0  # rounds since the last with drafts
 
     def observe(self, num_draft_tokens: int, accepted: Sequence[int]) -> bool:
         """Learns from a round; whether it was too surprising for what was known before."""
+        if num_draft_tokens == 0:
+            self._plain += 1  # time passes, which counts when there is something to learn
+            return False
         tried = [sum(count >= i for count in accepted) for i in range(num_draft_tokens)]
         kept = [sum(count > i for count in accepted) for i in range(num_draft_tokens)]
         is_surprising = self._is_surprised(tried, kept)
         if is_surprising:
             self.loosen()
-        self._fade(1 - 1 / MEMORY)
+        self._fade((1 - 1 / MEMORY) ** (1 + self._plain))
+        self._plain = 0
         for i in range(num_draft_tokens):
             self._tried[i] += tried[i]
             self._kept[i] += kept[i]

@@ -154,6 +154,7 @@ class _Width:
         self.mean = [*extra, 0.0, LATE]
         self.covariance = _joined(prior, PACE_DOUBT**2, LATE_DOUBT**2)
         self._growing, self._stale = _joined(prior, 0.0, 0.0), 0  # and timed rounds since it last grew
+        self._factor: list[list[float]] = []  # of the covariance of c(1), c(2), ..., as far as it was needed
 
     @property
     def seconds(self) -> list[float]:
@@ -167,9 +168,11 @@ class _Width:
 
     def drawn(self, wanted: int, random: Random) -> list[float]:
         """Seconds for K = 0, 1, ..., wanted as they may be, by mean + factor @ normals; none below one before."""
-        factor = _cholesky([row[1:] for row in self.covariance[1 : wanted + 1]])
-        normals = [random.gauss(0.0, DARING) for _ in factor]
-        extra = [mean + sum(map(mul, row, normals)) for mean, row in zip(self.mean[1:], factor, strict=False)]
+        factor = self._factor
+        for row in self.covariance[1 + len(factor) : 1 + wanted]:
+            factor.append(_next_of_cholesky(factor, row[1:]))
+        normals = [random.gauss(0.0, DARING) for _ in range(wanted)]
+        extra = [mean + sum(map(mul, row, normals)) for mean, row in zip(self.mean[1:], factor[:wanted], strict=False)]
         return [math.exp(self.mean[_PACE] + most) for most in accumulate([0.0, *extra], max)]
 
     def begin(self, known: Mapping[int, float], doubt: float) -> None:
@@ -189,7 +192,7 @@ class _Width:
         self.times[k] += rounds
         self._stale += rounds
         if self._stale >= GROW_EVERY:
-            growth, self._stale = self._stale / LIFETIME, 0
+            growth, self._stale, self._factor = self._stale / LIFETIME, 0, []
             self.covariance = [[each + growth * first for each, first in zip(row, firsts, strict=True)]
                                for row, firsts in zip(self.covariance, self._growing, strict=True)]
 
@@ -213,6 +216,7 @@ class _Width:
         self.covariance = [[each - gain * other for each, other in zip(row, shared, strict=True)]
                            for row, gain in zip(self.covariance, gains, strict=True)]
         self.covariance[_PACE][_PACE] += (off - believed) ** 2
+        self._factor = []
 
 
 def _joined(extra: Sequence[Sequence[float]], pace: float, late: float) -> list[list[float]]:
@@ -221,13 +225,9 @@ def _joined(extra: Sequence[Sequence[float]], pace: float, late: float) -> list[
     return [*([*row, 0.0, 0.0] for row in extra), [*zeros, pace, 0.0], [*zeros, 0.0, late]]
 
 
-def _cholesky(matrix: Sequence[Sequence[float]]) -> list[list[float]]:
-    """The lower triangle whose product with its transpose is this positive matrix, row by row."""
-    factor: list[list[float]] = []
-    for row in matrix:
-        new: list[float] = []
-        for each, above in zip(row, factor, strict=False):
-            new.append((each - sum(map(mul, new, above))) / above[-1])
-        new.append(math.sqrt(row[len(new)] - sum(map(mul, new, new))))
-        factor.append(new)
-    return factor
+def _next_of_cholesky(factor: Sequence[Sequence[float]], row: Sequence[float]) -> list[float]:
+    """One more row of the lower triangle whose product with its transpose is a positive matrix, from a row of that."""
+    new: list[float] = []
+    for each, above in zip(row, factor, strict=False):
+        new.append((each - sum(map(mul, new, above))) / above[-1])
+    return [*new, math.sqrt(row[len(new)] - sum(map(mul, new, new)))]
