@@ -130,6 +130,18 @@ def test_it_gives_up_within_24_rounds_of_a_turn_and_comes_back_within_64(cost: s
         assert any(min(back[i : i + 3]) >= 1 for i in range(62)), back
 
 
+def test_it_comes_back_in_time_wherever_between_two_looks_the_task_turns() -> None:
+    late = 0
+    for seed in range(150):
+        simulated, plain = machine("experts read again", 1, seed), 150 + seed % 60
+        for acceptance, rounds in ((0.95, 100), (0.0, plain), (0.95, 64)):
+            for _ in range(rounds):
+                simulated.round(acceptance)
+        back = simulated.chosen[100 + plain :]
+        late += not any(min(back[i : i + 3]) >= 1 for i in range(62))
+    assert late <= 1
+
+
 def test_one_row_is_mostly_back_soon_though_a_look_hears_of_one_draft_only() -> None:
     rounds = []
     for seed in range(60):

@@ -27,7 +27,9 @@ LOOSE = 1.0  # observations that are kept when the task changes
 LEAST_GAIN = 0.01  # tokens a round that the last draft must be expected to bring
 FIRST_K = 1  # before any round was timed
 PLAIN_LOOK = 48  # timed rounds after which plain decoding is timed too, so that a request can be told what it saved
-SOONEST_LOOK, LATEST_LOOK = 4, 36  # plain rounds between two with a draft
+SOONEST_LOOK = 4  # plain rounds between two with a draft; after each they double, until looks cost
+LOOKS_SHARE = 0.014  # of the time, but not beyond
+LATEST_LOOK = 26, 48  # of them
 
 
 class DraftLength(Protocol):
@@ -87,6 +89,7 @@ class Acceptance:
         self._kept = [LEAST_WEIGHT * usual, *[0.0] * (longest - 1)][:longest]
         self._surplus = self._variance = 0.0  # of accepted drafts, lately, over what was expected
         self._plain = 0  # rounds since the last with drafts
+        self._expected: list[float] = []  # tokens, once they were asked for and until something is learnt
 
     def observe(self, num_draft_tokens: int, accepted: Sequence[int]) -> bool:
         """Learns from a round; whether it was too surprising for what was known before."""
@@ -107,7 +110,7 @@ class Acceptance:
 
     def _is_surprised(self, tried: Sequence[int], kept: Sequence[int]) -> bool:
         """Counted by drafts that were reached: how many a row accepts in all varies far too much."""
-        fade = 1 - 1 / LATELY
+        fade = (1 - 1 / LATELY) ** (1 + self._plain)
         self._surplus *= fade
         self._variance *= fade**2
         for rate, reached, right in zip(self._rates(), tried, kept, strict=False):
@@ -122,7 +125,9 @@ class Acceptance:
 
     def expected_tokens(self) -> list[float]:
         """T(K) for K = 0, 1, ..., longest."""
-        return [1.0, *(1.0 + reached for reached in accumulate(accumulate(self._rates(), mul)))]
+        if not self._expected:
+            self._expected = [1.0, *(1.0 + reached for reached in accumulate(accumulate(self._rates(), mul)))]
+        return self._expected
 
     def _rates(self) -> list[float]:
         """Acceptance at each position, given that all before it were accepted."""
@@ -137,6 +142,7 @@ class Acceptance:
             kept = max(factor, least / tried) if tried else factor
             self._tried[i] *= kept
             self._kept[i] *= kept
+        self._expected = []
 
 
 class AdaptiveLength:
@@ -169,6 +175,10 @@ class AdaptiveLength:
         self._acceptance.observe(num_draft_tokens, accepted)
         if num_draft_tokens:
             self._costs.accept(accepted)
+        is_right = 2 * sum(count > 0 for count in accepted) > len(accepted)
+        if is_right and self._wait > SOONEST_LOOK:  # a look after many plain rounds: see whether that lasts
+            self._wait = min(self._wait, self._affordable_wait(rows))
+            self._countdown = min(self._countdown, self._wait)
 
     def observe_seconds(self, rows: int, num_draft_tokens: int, seconds: float | None) -> None:
         self._costs.observe(rows, num_draft_tokens, seconds, self.longest)
@@ -198,8 +208,15 @@ class AdaptiveLength:
         self._countdown -= 1
         if self._countdown > 0:
             return 0
-        self._wait = self._countdown = min(2 * self._wait, LATEST_LOOK)
+        latest = min(max(self._affordable_wait(rows), LATEST_LOOK[0]), LATEST_LOOK[-1])
+        self._wait = self._countdown = min(2 * self._wait, latest)
         return 1
+
+    def _affordable_wait(self, rows: int) -> int:
+        """Plain rounds between two with a draft that cost LOOKS_SHARE of the time, as far as is believed by now."""
+        plain, drafted, *_ = self._costs.seconds(rows, self.longest)
+        lost = drafted / plain - self._acceptance.expected_tokens()[1]  # plain rounds
+        return max(int(lost / LOOKS_SHARE), SOONEST_LOOK)
 
 
 def _best(tokens: Sequence[float], seconds: Sequence[float]) -> int:
