@@ -27,9 +27,9 @@ LOOSE = 1.0  # observations that are kept when the task changes
 LEAST_GAIN = 0.01  # tokens a round that the last draft must be expected to bring
 FIRST_K = 1  # before any round was timed
 PLAIN_LOOK = 48  # timed rounds after which plain decoding is timed too, so that a request can be told what it saved
-SOONEST_LOOK = 4  # plain rounds between two with a draft; after each they double, until looks cost
-LOOKS_SHARE = 0.014  # of the time, but not beyond
-LATEST_LOOK = 26, 48  # of them
+# Where plain decoding is best: rounds from one look, with a draft, to the next. They double from the first on, until
+# looks take so much of the time, but at least and at most to so many.
+SOONEST_LOOK, LOOKS_SHARE, LATEST_LOOK = 4, 0.014, (26, 48)
 
 
 class DraftLength(Protocol):
