@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from mlx_mtp.config import SamplingParams
+from mlx_mtp.spec_decode import sampler
 from mlx_mtp.spec_decode.sampler import Sampler
 
 FORCING = 1e4  # more than any logit here: noise of this size forces a token unless it is filtered out
@@ -253,3 +254,14 @@ def test_the_smaller_the_temperature_the_closer_to_greedy_down_to_the_smallest(t
 def test_a_top_k_beyond_any_vocabulary_keeps_everything() -> None:
     logits = random_logits(np.random.default_rng(0), 1, 40)
     assert probed(logits, [SamplingParams(temperature=1.0, top_k=2**40)]).all()
+
+
+@pytest.mark.parametrize(("size", "count"), [(3 * 2048, 64), (64 * 2048, 64), (2 * 2048, 1500), (5000, 64), (300, 300)])
+def test_the_largest_numbers_are_found_block_by_block_on_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, size: int, count: int
+) -> None:
+    monkeypatch.setattr(sampler, "is_gpu", lambda: True)
+    scores = np.random.default_rng(0).integers(-500, 500, (2, 3, size)).astype(np.float32)  # many are equal
+    scores[0, 0, : size - 10] = -np.inf
+    found = np.sort(np.array(sampler.largest(mx.array(scores), count)), axis=-1)
+    assert np.array_equal(found, np.sort(scores, axis=-1)[..., -count:])

@@ -14,8 +14,10 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from mlx_mtp.config import SamplingParams
+from mlx_mtp.device import is_gpu
 
 ALL_TOKENS = 2**31 - 1
+SORT_BLOCK = 2048  # numbers that MLX sorts on a GPU in one kernel; more take a pass of all of them for each doubling
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,8 @@ class Sampler:
 
     def choose(self, logits: mx.array, noise: mx.array | None) -> mx.array:
         """logits [B, L, C] and noise for the same tokens, or None -> index of the chosen one, [B, L] int32."""
-        return mx.argmax(self.scores(logits, noise), axis=-1).astype(mx.int32)
+        scores = logits if noise is None else self.scores(logits, noise)  # in float32 the best one is the same
+        return mx.argmax(scores, axis=-1).astype(mx.int32)
 
     def scores(self, logits: mx.array, noise: mx.array | None) -> mx.array:
         """What the choice is the argmax of: [B, L, C] float32."""
@@ -90,8 +93,7 @@ class Sampler:
         """The smallest logit that top-k, then top-p among those, keep: [B, L, 1]."""
         size = scaled.shape[-1]
         width = min(self.widest_top_k or size, size)
-        best = mx.topk(scaled, width, axis=-1) if width < size else scaled
-        best = -mx.sort(-best, axis=-1)
+        best = -mx.sort(-largest(scaled, width), axis=-1)
         rank = mx.arange(width, dtype=mx.int32)
         best = mx.where(rank < self.top_k, best, -float("inf"))
         probabilities = mx.softmax(best, axis=-1)
@@ -99,3 +101,11 @@ class Sampler:
         # A running sum can reach 1 before the last token, so a row without top-p is not put to that test.
         kept = ((before < self.top_p) | (self.top_p >= 1) | (rank == 0)) & (best > -float("inf"))
         return mx.where(kept, best, float("inf")).min(axis=-1, keepdims=True)
+
+
+def largest(scores: mx.array, count: int) -> mx.array:
+    """The `count` largest numbers of the last axis, in no order. As mx.topk, which on a GPU sorts the whole axis."""
+    while is_gpu() and 2 * count <= SORT_BLOCK < scores.shape[-1] and scores.shape[-1] % SORT_BLOCK == 0:
+        blocks = mx.sort(scores.reshape(*scores.shape[:-1], -1, SORT_BLOCK), axis=-1)
+        scores = blocks[..., -count:].flatten(-2)
+    return scores if count == scores.shape[-1] else mx.topk(scores, count, axis=-1)
