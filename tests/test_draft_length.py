@@ -142,6 +142,21 @@ def test_it_comes_back_in_time_wherever_between_two_looks_the_task_turns() -> No
     assert late <= 1
 
 
+def test_a_look_that_was_right_is_followed_up_soon() -> None:
+    # Where one right draft is not enough to draft again: after it a look costs less, as far as is believed.
+    for seed in range(5):
+        simulated = Machine(AdaptiveLength(LONGEST, RoundCosts()), lambda rows, k: 1 + 0.65 * k, 1, random.Random(seed))
+        for _ in range(300):
+            simulated.round(0.0)
+
+        def rounds_to_a_look(acceptance: float, simulated: Machine = simulated) -> int:
+            return next(i for i in range(1, 100) if simulated.round(acceptance))
+
+        rounds_to_a_look(0.0)
+        assert 26 <= rounds_to_a_look(1.0) <= 48  # this one's draft is right
+        assert rounds_to_a_look(0.0) <= 20
+
+
 def test_one_row_is_mostly_back_soon_though_a_look_hears_of_one_draft_only() -> None:
     rounds = []
     for seed in range(60):

@@ -192,7 +192,7 @@ class _Width:
         self.times[k] += rounds
         self._stale += rounds
         if self._stale >= GROW_EVERY:
-            growth, self._stale, self._factor = self._stale / LIFETIME, 0, []
+            growth, self._stale = self._stale / LIFETIME, 0
             self.covariance = [[each + growth * first for each, first in zip(row, firsts, strict=True)]
                                for row, firsts in zip(self.covariance, self._growing, strict=True)]
 
@@ -216,7 +216,7 @@ class _Width:
         self.covariance = [[each - gain * other for each, other in zip(row, shared, strict=True)]
                            for row, gain in zip(self.covariance, gains, strict=True)]
         self.covariance[_PACE][_PACE] += (off - believed) ** 2
-        self._factor = []
+        self._factor = []  # nobody asks before the next draw
 
 
 def _joined(extra: Sequence[Sequence[float]], pace: float, late: float) -> list[list[float]]:
