@@ -4,11 +4,11 @@
     python -m bench.never_slower --shapes 26B-A4B --bits 4                              as in bench.real_shapes
 
 The engine decodes with "auto", cold. Every 32 rounds it is halted, and for each K some rounds of the same engine are
-timed, over the text that comes next. The Ks it chose are priced with the medians of those, and with what choosing
-them took: so a machine that is disturbed now and then, or slow for a while, may mislead the controller, but not this
-comparison. (A GPU works on while the host chooses, so there choosing is priced too high.) Of eight prices with some
-noise the best one is mostly a lucky one: so one half of the rounds says which K is best, and the other half what it
-and the chosen ones cost, and the other way round. "luckiest" is against the best of all the prices; the clock's own
+timed, one K after the other in any order, over the text that comes next. The Ks it chose are priced with those, and
+with what choosing them took: so a machine that is disturbed now and then, or slow for a while, may mislead the
+controller, but not this comparison. (A GPU works on while the host chooses, so there choosing is priced too high.) Of
+eight prices with some noise the best one is mostly a lucky one: so one half of the passes over all K says which is
+best, and the other half what it and the chosen ones cost, and the other way round. "luckiest" is against the best of all the prices; the clock's own
 figure, of a round in the median, stands beside it. What a round of each K brings is counted in the drafts that are
 replayed: of a few hundred, those that are right are a little more or less than was asked for.
 """
@@ -48,25 +48,37 @@ TOKENS = 3200  # of each text
 ROUNDS = 160
 PRICED_EVERY = 32  # rounds
 BLOCK = 4  # rounds that are timed together
-BLOCKS = 2  # of each K, each time, at least
+PASSES = 2  # over all K, a block of each, each time, at least
+POLISHED = 10  # times; medians settle much sooner
 PRICED_FOR, PRICED_OVER = 2.0, 320  # seconds and tokens, each time, for more of them
 SETTLED = 64  # rounds after which it should know
 COLD = 256  # tokens of a whole request
 
 
 class Prices:
-    """What a round costs for K = 0, 1, ..., by blocks of them."""
+    """What a round costs for K = 0, 1, ..., from passes in which every K had its turn.
 
-    def __init__(self, longest: int) -> None:
-        self.blocks: list[list[float]] = [[] for _ in range(longest + 1)]
+    The machine's pace wanders from pass to pass, and now and then it is disturbed: log seconds are taken for the sum
+    of one number for each pass and one for each K, found by medians (Tukey's median polish).
+    """
+
+    def __init__(self) -> None:
+        self.passes: list[list[float]] = []
 
     def seconds(self) -> list[float]:
-        return [statistics.median(blocks) for blocks in self.blocks]
+        return self._polished(self.passes)
 
     def halves(self) -> tuple[list[float], list[float]]:
-        """By every other block: two prices that share no disturbance."""
-        first, second = ([statistics.median(blocks[i::2]) for blocks in self.blocks] for i in (0, 1))
-        return first, second
+        """By every other pass: two prices that share no disturbance."""
+        return self._polished(self.passes[::2]), self._polished(self.passes[1::2])
+
+    def _polished(self, passes: list[list[float]]) -> list[float]:
+        logs = np.log(passes)
+        by_k, paces = np.zeros(logs.shape[1]), np.zeros(logs.shape[0])
+        for _ in range(POLISHED):
+            by_k = np.median(logs - paces[:, None], axis=0)
+            paces = np.median(logs - by_k, axis=1)
+        return [float(each) for each in np.exp(by_k + np.median(paces))]
 
 
 def texts(pair: Pair, rows: int) -> list[list[int]]:
@@ -149,8 +161,9 @@ class _Noted(Engine):
         """Leaves nothing in flight, so that the controller hears of no such round, and times none by its end."""
         self._drain()
         until, over = time.perf_counter() + PRICED_FOR, max(row.length for row in self.decoding) + PRICED_OVER
-        order, count = list(range(len(prices.blocks))), 0
-        while count < BLOCKS or (time.perf_counter() < until and max(row.length for row in self.decoding) < over):
+        order, count = list(range(self._draft_length.longest + 1)), 0
+        while count < PASSES or (time.perf_counter() < until and max(row.length for row in self.decoding) < over):
+            seconds = [0.0] * len(order)
             for k in random.sample(order, len(order)):
                 self._draft_length = FixedLength(k)
                 self.step()
@@ -161,7 +174,8 @@ class _Noted(Engine):
                 took = time.perf_counter() - start
                 if self.is_idle or any(request.is_finished for request in self.decoding):
                     return  # the text is at its end
-                prices.blocks[k].append(took / BLOCK)
+                seconds[k] = took / BLOCK
+            prices.passes.append(seconds)
             count += 1
         self._drain()
 
@@ -191,7 +205,7 @@ def compare(pair: Pair, rows: int, acceptance: float, known: list[list[int]]) ->
     config = EngineConfig(prefix_tokens=0, prefill_chunk=rows * PROMPT)
     engine = _Noted(pair.target, ReplayDrafter(pair.drafter, drafts), config)
     requests = [Request(text[:PROMPT], SamplingParams(TOKENS), frozenset(), 10**6) for text in known]
-    prices = Prices(longest)
+    prices = Prices()
     seen = engine.rounds(requests, prices)
     tokens = brought((drafts != wrong)[:, PROMPT : PROMPT + min(len(request.tokens) for request in requests)], longest)
     cold = 1 + next((i for i in range(len(seen.lengths)) if seen.tokens(tokens, 0, i + 1) >= COLD), len(seen.lengths))

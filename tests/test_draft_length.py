@@ -243,9 +243,9 @@ def test_a_round_is_run_again_only_at_its_own_width() -> None:
     assert policy.choose(4) == 1  # nothing is known
     policy.observe(4, 1, [0] * 4)
     policy.observe_seconds(4, 1, None)
-    policy._repeated = 4, 5  # as if five drafts had just been tried
+    policy._chosen, policy._stands = (4, 5), 1  # as if five drafts had just been tried
     assert policy.choose(3) == 1
-    policy._repeated = 4, 5
+    policy._chosen, policy._stands = (4, 5), 1
     assert policy.choose(4) == 5
 
 
@@ -263,6 +263,20 @@ def test_where_plain_decoding_is_best_a_new_task_is_tried_with_a_draft_soon() ->
                 simulated.round(0.0)
             tried[is_new] += any(simulated.chosen[begun:])
     assert tried[True] >= 30 > 12 >= tried[False]
+
+
+def test_where_plain_decoding_is_best_nothing_is_weighed_until_the_next_look() -> None:
+    for seed in range(5):
+        simulated = machine("experts read again", 4, seed)
+        for _ in range(300):
+            simulated.round(0.0)
+        costs, asked = simulated.policy._costs, []
+        drawn = costs.drawn
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(costs, "drawn", lambda *given, drawn=drawn, asked=asked: asked.append(1) or drawn(*given))
+            looks = sum(simulated.round(0.0) > 0 for _ in range(300))
+        assert 5 <= looks <= 12
+        assert len(asked) <= 8 * looks
 
 
 def test_a_position_is_believed_like_the_one_before_it_until_it_is_measured() -> None:

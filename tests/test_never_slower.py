@@ -11,12 +11,24 @@ from mlx_mtp.config import EngineConfig
 from mlx_mtp.spec_decode.draft_length import FixedLength
 
 
-def test_prices_by_halves_share_no_round() -> None:
-    prices = never_slower.Prices(7)
-    for k, blocks in enumerate(prices.blocks):
-        blocks += [1.0 + k, 10.0 + k, 3.0 + k, 12.0 + k]
-    assert prices.halves() == ([2.0 + k for k in range(8)], [11.0 + k for k in range(8)])
-    assert prices.seconds() == [6.5 + k for k in range(8)]
+def test_prices_by_halves_share_no_pass() -> None:
+    prices = never_slower.Prices()
+    for slower in (1.0, 10.0, 2.0, 20.0):
+        prices.passes.append([slower * (1 + k) for k in range(8)])
+    first, second = prices.halves()
+    assert first == pytest.approx([2**0.5 * (1 + k) for k in range(8)])
+    assert second == pytest.approx([200**0.5 * (1 + k) for k in range(8)])
+
+
+def test_a_price_is_misled_neither_by_the_pace_of_a_pass_nor_by_a_disturbance() -> None:
+    prices, generator = never_slower.Prices(), np.random.default_rng(0)
+    costs = 1 + 0.2 * np.arange(8)
+    for _ in range(9):
+        seconds = costs * generator.uniform(1, 3)
+        seconds[generator.integers(8)] *= 2.5
+        prices.passes.append(seconds.tolist())
+    found = np.array(prices.seconds())
+    assert found / found[0] == pytest.approx(costs, rel=1e-6)
 
 
 def test_the_best_fixed_length_has_the_most_tokens_a_second() -> None:
@@ -45,7 +57,7 @@ def test_auto_is_set_against_every_fixed_length(
 ) -> None:
     pair = mlx_mtp.load()
     monkeypatch.setattr(never_slower, "PRICED_FOR", 0.0)
-    for name, value in {"ROUNDS": 8, "SETTLED": 3, "PRICED_EVERY": 4, "BLOCKS": 2, "TOKENS": 800}.items():
+    for name, value in {"ROUNDS": 8, "SETTLED": 3, "PRICED_EVERY": 4, "PASSES": 2, "TOKENS": 800}.items():
         monkeypatch.setattr(never_slower, name, value)
     never_slower.compare(pair, 2, 1.0, never_slower.texts(pair, 2))
     line = capsys.readouterr().out

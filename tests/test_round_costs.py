@@ -137,6 +137,26 @@ def test_a_first_timing_that_was_disturbed_is_forgotten_soon() -> None:
     assert seconds_of(costs, 1, 3) == pytest.approx([1.5 / 1.6 * each for each in (1.0, 1.2, 1.4, 1.6)], rel=0.1)
 
 
+def test_a_run_is_compared_with_the_next_by_its_end() -> None:
+    costs = RoundCosts()
+    for _ in range(8):
+        timed(costs, 0, 1.0)
+        timed(costs, 3, 1.5)
+    timed(costs, 0, *[1.0] * 24, *[1.6] * 9)  # the machine slows down in between
+    timed(costs, 3, 1.5 * 1.6)
+    plain, *_, drafted = seconds_of(costs, 1, 3)
+    assert drafted / plain == pytest.approx(1.5, rel=0.01)
+
+
+def test_what_is_left_of_a_run_is_learnt_though_the_next_one_asks_for_fewer_drafts() -> None:
+    costs = RoundCosts()
+    for _ in range(12):
+        costs.observe(1, 7, None, 7)  # of a long run nothing could be timed, until now
+    costs.observe(1, 7, 2.0, 7)
+    costs.observe(1, 0, None, 3)
+    assert costs.seconds(1, 7)[7] == pytest.approx(2.0, rel=0.01)
+
+
 def test_doubt_falls_with_every_timing_and_most_for_the_k_that_was_timed() -> None:
     costs = RoundCosts()
     timed(costs, 0, 1.0)

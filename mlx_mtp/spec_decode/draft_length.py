@@ -27,6 +27,7 @@ LOOSE = 1.0  # observations that are kept when the task changes
 LEAST_GAIN = 0.01  # tokens a round that the last draft must be expected to bring
 FIRST_K = 1  # before any round was timed
 PLAIN_LOOK = 48  # timed rounds after which plain decoding is timed too, so that a request can be told what it saved
+PLAIN_RUN = 4  # choices of no draft, one after the other, of which the last stands until a draft is due
 # Where plain decoding is best: rounds from one look, with a draft, to the next. They double from the first on, until
 # looks take so much of the time, but at least and at most to so many.
 SOONEST_LOOK, LOOKS_SHARE, LATEST_LOOK = 4, 0.014, (26, 48)
@@ -159,17 +160,22 @@ class AdaptiveLength:
         self._costs = costs
         self._acceptance = Acceptance(longest, costs.usual_acceptance)
         self._random = Random(0)
-        self._repeated: tuple[int, int] | None = None  # rows and K of a first round of its kind, which is not timed
+        self._chosen, self._run = (0, 0), 0  # rows and K, and how often in a row
+        self._stands = 0  # more rounds for which that was chosen
         self._wait = self._countdown = SOONEST_LOOK  # plain rounds before the next draft is tried
 
     def choose(self, rows: int) -> int:
-        repeated, self._repeated = self._repeated, None
-        if repeated is not None and repeated[0] == rows:
-            return repeated[1]
-        k = self._choose(rows)
-        if not self._costs.has_begun(rows, k):
-            self._repeated = rows, k
-        return k
+        if self._stands and rows == self._chosen[0]:
+            self._stands -= 1
+            return self._chosen[1]
+        chosen = rows, self._choose(rows)
+        self._run = self._run + 1 if chosen == self._chosen else 1
+        self._chosen, self._stands = chosen, 0
+        if not self._costs.has_begun(*chosen):
+            self._stands = 1  # the first round of its kind is not timed
+        elif chosen[1] == 0 and self._run > PLAIN_RUN:
+            self._stands, self._countdown = self._countdown - 1, 1  # until the look, nothing is learnt
+        return chosen[1]
 
     def observe(self, rows: int, num_draft_tokens: int, accepted: Sequence[int]) -> None:
         self._acceptance.observe(num_draft_tokens, accepted)
@@ -186,6 +192,7 @@ class AdaptiveLength:
     def new_task(self) -> None:
         self._acceptance.loosen()
         self._wait = self._countdown = SOONEST_LOOK
+        self._stands = 0
 
     def plain_seconds(self, tokens_by_rows: Mapping[int, int]) -> float | None:
         if not self._costs.knows_plain:

@@ -38,7 +38,7 @@ WALK = 0.1  # of the pace, from round to round
 MOST_OFF = 2.5  # standard deviations; what a timing is off by more is a disturbance, unless it lasts
 OTHER_WIDTH_DOUBT = 0.1  # of log seconds, where nothing is known but the costs of another width
 LIFETIME = 5000  # rounds after which costs, untimed, are as much in doubt as before any timing
-LONG_RUN, LEARN_EVERY = 8, 4  # rounds of one K in a row; of those beyond, a few say as much as all
+SHORT_RUN, LEARN_EVERY = 8, 16  # rounds of one K in a row; of those beyond the first, a few say as much as all
 GROW_EVERY = 16  # timed rounds after which that doubt is brought up to date
 DARING = 0.7  # of the doubt counts where costs are drawn: less than 1, since the next round draws again
 WELL_TIMED = 3  # timings
@@ -63,6 +63,7 @@ class RoundCosts:
         self._widths: dict[int, _Width] = {}
         self._begun: set[tuple[int, int]] = set()
         self._last, self._run = (0, 0), 0  # rows and K, and how many rounds of them there were in a row
+        self._seconds, self._unlearnt = 0.0, 0  # the last timing, and how many there were since one was learnt from
 
     @property
     def is_known(self) -> bool:
@@ -82,12 +83,22 @@ class RoundCosts:
         """
         kind = rows, num_draft_tokens
         before = self._last[1] if self._last[0] == rows else num_draft_tokens
-        self._run = self._run + 1 if kind == self._last else 1
-        learned = 1 if self._run <= LONG_RUN else LEARN_EVERY
-        if seconds is not None and kind in self._begun and self._run % learned == 0:
-            self._width(rows, longest).observe(num_draft_tokens, before, seconds, learned)
+        if kind != self._last:
+            self._learn(self._last[1], longest)  # the end of a run is what the next one is compared with
+            self._run = 0
+        self._last, self._run = kind, self._run + 1
+        if seconds is not None and kind in self._begun:
+            self._seconds, self._unlearnt = seconds, self._unlearnt + 1
+            if self._run <= SHORT_RUN or self._unlearnt == LEARN_EVERY:
+                self._learn(before, longest)
         self._begun.add(kind)
-        self._last = kind
+
+    def _learn(self, before: int, longest: int) -> None:
+        """From the last timing, if that is new. before: the K of the round before it."""
+        if self._unlearnt:
+            rows, k = self._last
+            self._width(rows, max(k, longest)).observe(k, before, self._seconds, self._unlearnt)
+            self._unlearnt = 0
 
     def accept(self, accepted: Sequence[int]) -> None:
         """accepted: of each row of a round that drafted."""
