@@ -8,9 +8,10 @@ timed, one K after the other in any order, over the text that comes next. The Ks
 with what choosing them took: so a machine that is disturbed now and then, or slow for a while, may mislead the
 controller, but not this comparison. (A GPU works on while the host chooses, so there choosing is priced too high.) Of
 eight prices with some noise the best one is mostly a lucky one: so one half of the passes over all K says which is
-best, and the other half what it and the chosen ones cost, and the other way round. "luckiest" is against the best of all the prices; the clock's own
-figure, of a round in the median, stands beside it. What a round of each K brings is counted in the drafts that are
-replayed: of a few hundred, those that are right are a little more or less than was asked for.
+best, and the other half what it and the chosen ones cost, and the other way round. "luckiest" is against the best of
+all the prices; the clock's own figure, of a round in the median, stands beside it. What a round of each K brings is
+counted in the drafts that are replayed: of a few hundred, those that are right are a little more or less than was
+asked for.
 """
 
 from __future__ import annotations
