@@ -90,6 +90,7 @@ def test_time_is_that_of_the_round_that_took_it(
     lengths = [num_drafted for _, num_drafted, _ in heard.timed]
     assert len(lengths) >= 10
     assert lengths == heard.chosen[later : later + len(lengths)]
+    assert len(lengths) < len(heard.heard)  # behind the last round nothing was in flight
     both = [seconds for rows, _, seconds in heard.timed if rows == 2][1:-1]
     assert both
     assert all(seconds is not None and seconds > 0 for seconds in both)

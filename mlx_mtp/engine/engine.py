@@ -325,14 +325,11 @@ class Engine:
         """Tells what a round took: the one that landed, or, if the host hardly waited for it, the next.
 
         Then it was the host that took the time, and it was busy with the next round: building it, or, as MLX has it on
-        a CPU, waiting until most of it was done.
+        a CPU, waiting until most of it was done. Where no next one was handed over, most of the time may lie before.
         """
-        if waited > LEAST_WAIT * took:
-            timed = flight
-        elif self._flights:
-            timed = self._flights[0]
-        else:
+        if not self._flights:
             return
+        timed = flight if waited > LEAST_WAIT * took else self._flights[0]
         if timed.num_draft_tokens is not None:
             seconds = took if flight.is_timed and timed.is_timed else None
             self._draft_length.observe_seconds(len(timed.rows), timed.num_draft_tokens, seconds)
