@@ -10,8 +10,8 @@ controller, but not this comparison. (A GPU works on while the host chooses, so 
 eight prices with some noise the best one is mostly a lucky one: so one half of the passes over all K says which is
 best, and the other half what it and the chosen ones cost, and the other way round. "luckiest" is against the best of
 all the prices; the clock's own figure, of a round in the median, stands beside it. What a round of each K brings is
-counted in the drafts that are replayed: of a few hundred, those that are right are a little more or less than was
-asked for.
+counted in the drafts for the text that "auto" decoded: of a few hundred, those that are right are a little more or
+less than was asked for.
 """
 
 from __future__ import annotations
@@ -95,11 +95,15 @@ def texts(pair: Pair, rows: int) -> list[list[int]]:
 
 @dataclass(frozen=True)
 class Seen:
-    """One cold run: its Ks in order, and seconds by the clock, of the whole round and of choosing."""
+    """One cold run: its Ks in order, and seconds by the clock, of the whole round and of choosing.
+
+    decoded: [rows, TOKENS], which tokens of the text it brought; the others came while it was halted.
+    """
 
     lengths: list[int]
     seconds: list[float]
     choosing: list[float]
+    decoded: np.ndarray
 
     def tokens(self, by_length: Sequence[float], start: int, stop: int) -> float:
         """Of a row in these rounds, each with what its K brings."""
@@ -137,19 +141,21 @@ class _Noted(Engine):
     """An engine that tells which K each round had, and halts for prices."""
 
     def rounds(self, requests: Sequence[Request], prices: Prices) -> Seen:
-        seen = Seen([], [], [])
+        seen = Seen([], [], [], np.zeros((len(requests), TOKENS), bool))
         clocked = Clocked(self._draft_length)
         self._draft_length = cast(DraftLength, clocked)
         for request in requests:
             self.submit(request)
         while len(seen.lengths) < ROUNDS and not any(request.is_finished for request in requests):
-            before = Counter(requests[0].rounds_by_length)
+            before, lengths = Counter(requests[0].rounds_by_length), [len(request.tokens) for request in requests]
             began, clocked.seconds = time.perf_counter(), 0.0
             self.step()
             took = time.perf_counter() - began
             new = Counter(requests[0].rounds_by_length) - before
             if not new:
                 continue
+            for row, (request, length) in enumerate(zip(requests, lengths, strict=True)):
+                seen.decoded[row, length : len(request.tokens)] = True
             seen.lengths.extend(new.elements())
             seen.seconds.append(took)
             seen.choosing.append(clocked.seconds)
@@ -186,12 +192,15 @@ class _Noted(Engine):
         self._is_disturbed = True
 
 
-def brought(right: np.ndarray, longest: int) -> list[float]:
-    """Tokens of a round of K = 0, 1, ..., longest drafts, on average over where it may begin. right: [rows, drafts]."""
+def brought(right: np.ndarray, decoded: np.ndarray, longest: int) -> list[float]:
+    """Tokens of a round of K = 0, 1, ..., longest drafts, on average over where it may begin: where `decoded` is true.
+
+    right, decoded: [rows, drafts].
+    """
     tokens, run = [1.0], np.ones_like(right)
     for k in range(longest):
         run = run[:, : right.shape[1] - k] & right[:, k:]
-        tokens.append(tokens[-1] + float(run.mean()))
+        tokens.append(tokens[-1] + float(run[decoded[:, : run.shape[1]]].mean()))
     return tokens
 
 
@@ -208,7 +217,7 @@ def compare(pair: Pair, rows: int, acceptance: float, known: list[list[int]]) ->
     requests = [Request(text[:PROMPT], SamplingParams(TOKENS), frozenset(), 10**6) for text in known]
     prices = Prices()
     seen = engine.rounds(requests, prices)
-    tokens = brought((drafts != wrong)[:, PROMPT : PROMPT + min(len(request.tokens) for request in requests)], longest)
+    tokens = brought((drafts != wrong)[:, PROMPT : PROMPT + TOKENS], seen.decoded, longest)
     cold = 1 + next((i for i in range(len(seen.lengths)) if seen.tokens(tokens, 0, i + 1) >= COLD), len(seen.lengths))
     parts = ((SETTLED, ROUNDS), (0, cold))
 

@@ -39,12 +39,15 @@ def test_the_best_fixed_length_has_the_most_tokens_a_second() -> None:
 
 def test_a_round_brings_what_is_right_until_the_first_that_is_wrong() -> None:
     right = np.array([[True, True, False, True], [True, False, True, True]])
-    assert never_slower.brought(right, 2) == [1.0, 1 + 6 / 8, 1 + 6 / 8 + 2 / 6]
-    assert never_slower.brought(np.ones((1, 9), bool), 7) == [float(k + 1) for k in range(8)]
+    everywhere = np.ones_like(right)
+    assert never_slower.brought(right, everywhere, 2) == [1.0, 1 + 6 / 8, 1 + 6 / 8 + 2 / 6]
+    decoded = np.array([[True, True, False, False], [False, False, True, False]])
+    assert never_slower.brought(right, decoded, 2) == [1.0, 2.0, 2 + 2 / 3]
+    assert never_slower.brought(np.ones((1, 9), bool), np.ones((1, 9), bool), 7) == [float(k + 1) for k in range(8)]
 
 
 def test_choosing_is_part_of_the_price() -> None:
-    seen = never_slower.Seen([2, 0, 1, 1], [9.0] * 4, [7.0, 0.5, 0.5, 7.0])
+    seen = never_slower.Seen([2, 0, 1, 1], [9.0] * 4, [7.0, 0.5, 0.5, 7.0], np.zeros((1, 1), bool))
     assert seen.tokens([1.0, 1.8], 1, 9) == 1 + 2 * 1.8
     assert seen.price([1.0, 1.5], 1, 9) == 1.0 + 2 * 1.5 + 3 * 0.5
     clocked = never_slower.Clocked(FixedLength(3))

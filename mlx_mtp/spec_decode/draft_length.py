@@ -19,7 +19,7 @@ from typing import Protocol
 from mlx_mtp.spec_decode.round_costs import USUAL_ACCEPTANCE, RoundCosts
 
 MEMORY = 120  # rounds after which an observation counts for 1/e
-SURPRISE = 3.0  # standard deviations from what was expected, lately, that make the past count for little
+SURPRISE = 3.5  # standard deviations from what was expected, lately, that make the past count for little
 LATELY = 6  # rounds
 FIRM = 8.0  # observations that the acceptance one position earlier counts for
 LEAST_WEIGHT = 1.0  # observations of the first position that are never forgotten: the mean stays, less firmly
