@@ -239,7 +239,7 @@ def compare(pair: Pair, rows: int, acceptance: float, known: list[list[int]]) ->
           f"auto after {SETTLED} rounds {late:.3f} (luckiest {luckiest[0]:.3f}), "
           f"first {COLD} tokens {begun:.3f} ({luckiest[1]:.3f}); rounds took {clock:.2f} of their price; "
           f"Ks {dict(sorted(Counter(seen.lengths[SETTLED:]).items()))}; "
-          f"choosing {1e3 * statistics.mean(seen.choosing[SETTLED:]):.2f} ms, "
+          f"choosing {1e3 * statistics.median(seen.choosing[SETTLED:]):.2f} ms, "
           f"ms by K {' '.join(f'{1e3 * seconds:.1f}' for seconds in costs)}", flush=True)
 
 
