@@ -168,7 +168,7 @@ class _Noted(Engine):
         """Leaves nothing in flight, so that the controller hears of no such round, and times none by its end."""
         self._drain()
         until, over = time.perf_counter() + PRICED_FOR, max(row.length for row in self.decoding) + PRICED_OVER
-        order, count = list(range(self._draft_length.longest + 1)), 0
+        order, count, rows = list(range(self._draft_length.longest + 1)), 0, self.active_rows
         while count < PASSES or (time.perf_counter() < until and max(row.length for row in self.decoding) < over):
             seconds = [0.0] * len(order)
             for k in random.sample(order, len(order)):
@@ -179,7 +179,7 @@ class _Noted(Engine):
                 for _ in range(BLOCK):
                     self.step()
                 took = time.perf_counter() - start
-                if self.is_idle or any(request.is_finished for request in self.decoding):
+                if self.active_rows < rows or any(request.is_finished for request in self.decoding):
                     return  # the text is at its end
                 seconds[k] = took / BLOCK
             prices.passes.append(seconds)

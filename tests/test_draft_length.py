@@ -132,14 +132,14 @@ def test_it_gives_up_within_24_rounds_of_a_turn_and_comes_back_within_64(cost: s
 
 def test_it_comes_back_in_time_wherever_between_two_looks_the_task_turns() -> None:
     late = 0
-    for seed in range(150):
+    for seed in range(450):
         simulated, plain = machine("experts read again", 1, seed), 150 + seed % 60
         for acceptance, rounds in ((0.95, 100), (0.0, plain), (0.95, 64)):
             for _ in range(rounds):
                 simulated.round(acceptance)
         back = simulated.chosen[100 + plain :]
         late += not any(min(back[i : i + 3]) >= 1 for i in range(62))
-    assert late <= 1
+    assert late <= 3
 
 
 def test_a_look_that_was_right_is_followed_up_soon() -> None:
@@ -277,6 +277,33 @@ def test_where_plain_decoding_is_best_nothing_is_weighed_until_the_next_look() -
             looks = sum(simulated.round(0.0) > 0 for _ in range(300))
         assert 5 <= looks <= 12
         assert len(asked) <= 8 * looks
+
+
+def test_rows_that_leave_while_plain_decoding_is_best_cost_no_look_each() -> None:
+    for seed in range(3):
+        simulated = machine("experts read again", 8, seed)
+        for rows in [*range(1, 9), *range(8, 0, -1)] * 6:  # every width is known, and joins make no new task here
+            simulated.rows = rows
+            for _ in range(10):
+                simulated.round(0.0)
+        looks = 0
+        for rows in [8, 7, 6, 5, 4, 3, 2, 1] * 4:
+            simulated.rows = rows
+            looks += sum(simulated.round(0.0) > 0 for _ in range(10))
+        assert looks <= 16  # 320 rounds
+
+
+def test_plain_decoding_is_tried_until_it_was_timed() -> None:
+    costs = RoundCosts()
+    policy = AdaptiveLength(LONGEST, costs)
+    for _ in range(100):
+        k = policy.choose(1)
+        policy.observe(1, k, [k])
+        policy.observe_seconds(1, k, 1 + 0.1 * k if k else None)  # the rounds without drafts are disturbed
+    assert not costs.knows_plain
+    assert policy.choose(1) == 0
+    policy.observe_seconds(1, 0, 1.0)
+    assert costs.knows_plain
 
 
 def test_a_position_is_believed_like_the_one_before_it_until_it_is_measured() -> None:

@@ -148,12 +148,19 @@ def test_a_run_is_compared_with_the_next_by_its_end() -> None:
     assert drafted / plain == pytest.approx(1.5, rel=0.01)
 
 
-def test_what_is_left_of_a_run_is_learnt_though_the_next_one_asks_for_fewer_drafts() -> None:
+def test_what_is_left_of_a_run_is_learnt_though_the_next_engine_asks_for_other_drafts() -> None:
+    for longest, rows in ((3, 1), (7, 4)):
+        costs = RoundCosts()
+        timed(costs, 2, *[2.0] * 41)
+        costs.observe(rows, 0, None, longest)
+        assert costs.timings(1) == 41
+
+
+def test_the_first_timing_of_a_long_run_is_learnt_from() -> None:
     costs = RoundCosts()
     for _ in range(12):
-        costs.observe(1, 7, None, 7)  # of a long run nothing could be timed, until now
+        costs.observe(1, 7, None, 7)
     costs.observe(1, 7, 2.0, 7)
-    costs.observe(1, 0, None, 3)
     assert costs.seconds(1, 7)[7] == pytest.approx(2.0, rel=0.01)
 
 

@@ -30,7 +30,7 @@ PLAIN_LOOK = 48  # timed rounds after which plain decoding is timed too, so that
 PLAIN_RUN = 4  # choices of no draft, one after the other, of which the last stands until a draft is due
 # Where plain decoding is best: rounds from one look, with a draft, to the next. They double from the first on, until
 # looks take so much of the time, but at least and at most to so many.
-SOONEST_LOOK, LOOKS_SHARE, LATEST_LOOK = 4, 0.014, (26, 48)
+SOONEST_LOOK, LOOKS_SHARE, LATEST_LOOK = 4, 0.016, (26, 48)
 
 
 class DraftLength(Protocol):
@@ -149,10 +149,10 @@ class Acceptance:
 class AdaptiveLength:
     """Never slower than the best fixed K for long: each K runs as often as it may be the best one.
 
-    In every round it goes by costs that are drawn from what they may be: what is well timed and best runs nearly
-    always, what is as good nearly as often, what is dear for certain never, and what is hardly known now and then.
-    Where plain decoding is best nobody hears whether drafts would be right by now. So one is tried, at falling
-    frequency.
+    It goes by costs that are drawn from what they may be: what is well timed and best runs nearly always, what is as
+    good nearly as often, what is dear for certain never, and what is hardly known now and then. Where plain decoding is
+    best nobody hears whether drafts would be right by now. So one is tried, at falling frequency, and in between plain
+    decoding stands.
     """
 
     def __init__(self, longest: int, costs: RoundCosts) -> None:
@@ -167,6 +167,7 @@ class AdaptiveLength:
     def choose(self, rows: int) -> int:
         if self._stands and rows == self._chosen[0]:
             self._stands -= 1
+            self._countdown -= 1
             return self._chosen[1]
         chosen = rows, self._choose(rows)
         self._run = self._run + 1 if chosen == self._chosen else 1
@@ -174,7 +175,7 @@ class AdaptiveLength:
         if not self._costs.has_begun(*chosen):
             self._stands = 1  # the first round of its kind is not timed
         elif chosen[1] == 0 and self._run > PLAIN_RUN:
-            self._stands, self._countdown = self._countdown - 1, 1  # until the look, nothing is learnt
+            self._stands = self._countdown - 1  # until the look, nothing is learnt of drafts
         return chosen[1]
 
     def observe(self, rows: int, num_draft_tokens: int, accepted: Sequence[int]) -> None:
@@ -204,7 +205,7 @@ class AdaptiveLength:
         if not self._costs.is_known:
             return FIRST_K
         is_settled = self._costs.timings(rows) >= PLAIN_LOOK
-        if is_settled and not self._costs.knows_plain and not self._costs.has_begun(rows, 0):
+        if is_settled and not self._costs.knows_plain:
             return 0
         tokens = self._acceptance.expected_tokens()
         wanted = sum(more - before >= LEAST_GAIN for before, more in pairwise(tokens))

@@ -15,7 +15,7 @@ estimate: `drawn` gives costs as they may well be, and who goes by them tries a 
 What is believed before any timing is a line, one more draft for USUAL_STEP plain rounds, of uncertain slope and with a
 bump at every K. So neighbours speak for each other, and the more so the nearer they are.
 
-The matrices are 10 x 10 and met once a round: for that, lists take a third of the time that arrays take.
+The matrices are 10 x 10 and met once a round or less: for that, lists take a third of the time that arrays take.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ WALK = 0.1  # of the pace, from round to round
 MOST_OFF = 2.5  # standard deviations; what a timing is off by more is a disturbance, unless it lasts
 OTHER_WIDTH_DOUBT = 0.1  # of log seconds, where nothing is known but the costs of another width
 LIFETIME = 5000  # rounds after which costs, untimed, are as much in doubt as before any timing
-SHORT_RUN, LEARN_EVERY = 8, 16  # rounds of one K in a row; of those beyond the first, a few say as much as all
+SHORT_RUN, LEARN_EVERY = 8, 16  # timings of one K in a row; of those beyond the first, a few say as much as all
 GROW_EVERY = 16  # timed rounds after which that doubt is brought up to date
 DARING = 0.6  # of the doubt counts where costs are drawn: less than 1, since the next round draws again
 WELL_TIMED = 3  # timings
@@ -62,8 +62,8 @@ class RoundCosts:
         self._restored: dict[int, dict[int, float]] = {}
         self._widths: dict[int, _Width] = {}
         self._begun: set[tuple[int, int]] = set()
-        self._last, self._run = (0, 0), 0  # rows and K, and how many rounds of them there were in a row
-        self._seconds, self._unlearnt = 0.0, 0  # the last timing, and how many there were since one was learnt from
+        self._last, self._run = (0, 0), 0  # rows and K, and how many timings of them there were in a row
+        self._seconds, self._unlearnt = 0.0, 0  # the last of those, and how many there were since one was learnt from
 
     @property
     def is_known(self) -> bool:
@@ -84,20 +84,20 @@ class RoundCosts:
         kind = rows, num_draft_tokens
         before = self._last[1] if self._last[0] == rows else num_draft_tokens
         if kind != self._last:
-            self._learn(self._last[1], longest)  # the end of a run is what the next one is compared with
-            self._run = 0
-        self._last, self._run = kind, self._run + 1
+            self._learn(self._last[1])  # the end of a run is what the next one is compared with
+            self._last, self._run = kind, 0
         if seconds is not None and kind in self._begun:
-            self._seconds, self._unlearnt = seconds, self._unlearnt + 1
+            self._seconds, self._run, self._unlearnt = seconds, self._run + 1, self._unlearnt + 1
+            self._width(rows, longest)
             if self._run <= SHORT_RUN or self._unlearnt == LEARN_EVERY:
-                self._learn(before, longest)
+                self._learn(before)
         self._begun.add(kind)
 
-    def _learn(self, before: int, longest: int) -> None:
+    def _learn(self, before: int) -> None:
         """From the last timing, if that is new. before: the K of the round before it."""
         if self._unlearnt:
             rows, k = self._last
-            self._width(rows, max(k, longest)).observe(k, before, self._seconds, self._unlearnt)
+            self._widths[rows].observe(k, before, self._seconds, self._unlearnt)
             self._unlearnt = 0
 
     def accept(self, accepted: Sequence[int]) -> None:
