@@ -67,19 +67,21 @@ class Prices:
         self.passes: list[list[float]] = []
 
     def seconds(self) -> list[float]:
-        return self._polished(self.passes)
+        return polished(self.passes)
 
     def halves(self) -> tuple[list[float], list[float]]:
         """By every other pass: two prices that share no disturbance."""
-        return self._polished(self.passes[::2]), self._polished(self.passes[1::2])
+        return polished(self.passes[::2]), polished(self.passes[1::2])
 
-    def _polished(self, passes: list[list[float]]) -> list[float]:
-        logs = np.log(passes)
-        by_k, paces = np.zeros(logs.shape[1]), np.zeros(logs.shape[0])
-        for _ in range(POLISHED):
-            by_k = np.median(logs - paces[:, None], axis=0)
-            paces = np.median(logs - by_k, axis=1)
-        return [float(each) for each in np.exp(by_k + np.median(paces))]
+
+def polished(passes: list[list[float]]) -> list[float]:
+    """Seconds by K, at the median pass's pace. passes: of each, seconds by K."""
+    logs = np.log(passes)
+    by_k, paces = np.zeros(logs.shape[1]), np.zeros(logs.shape[0])
+    for _ in range(POLISHED):
+        by_k = np.median(logs - paces[:, None], axis=0)
+        paces = np.median(logs - by_k, axis=1)
+    return [float(each) for each in np.exp(by_k + np.median(paces))]
 
 
 def texts(pair: Pair, rows: int) -> list[list[int]]:

@@ -175,7 +175,7 @@ class AdaptiveLength:
         if not self._costs.has_begun(*chosen):
             self._stands = 1  # the first round of its kind is not timed
         elif chosen[1] == 0 and self._run > PLAIN_RUN:
-            self._stands = self._countdown - 1  # until the look, nothing is learnt of drafts
+            self._stands = max(self._countdown - 1, 0)  # until the look, nothing is learnt of drafts
         return chosen[1]
 
     def observe(self, rows: int, num_draft_tokens: int, accepted: Sequence[int]) -> None:
