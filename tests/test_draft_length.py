@@ -7,6 +7,7 @@ import random
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from itertools import product
 
 import pytest
 
@@ -114,7 +115,8 @@ def test_a_request_of_256_tokens_that_starts_cold_loses_little(cost: str, accept
 @pytest.mark.parametrize("rows", [1, 4, 8])
 @pytest.mark.parametrize("cost", ["memory-bound", "experts read again"])
 def test_it_gives_up_within_24_rounds_of_a_turn_and_comes_back_within_64(cost: str, rows: int) -> None:
-    for seed in range(5):
+    late_up = late_back = 0
+    for seed in range(24):
         simulated = machine(cost, rows, seed)
         for _ in range(100):
             simulated.round(0.95)
@@ -122,12 +124,14 @@ def test_it_gives_up_within_24_rounds_of_a_turn_and_comes_back_within_64(cost: s
         for _ in range(200):
             simulated.round(0.0)
         given_up = simulated.chosen[100:]
-        assert any(given_up[i : i + 3] == [0, 0, 0] for i in range(24)), given_up[:40]
+        late_up += not any(given_up[i : i + 3] == [0, 0, 0] for i in range(24))
         assert statistics.mean(given_up[64:]) <= 0.15  # it looks again now and then
         for _ in range(80):
             simulated.round(0.95)
         back = simulated.chosen[300:]
-        assert any(min(back[i : i + 3]) >= 1 for i in range(62)), back
+        late_back += not any(min(back[i : i + 3]) >= 1 for i in range(62))
+    assert late_up <= 3 * (rows == 1)  # one row: 11 of 300
+    assert late_back <= 1  # 2 of 1800
 
 
 def test_it_comes_back_in_time_wherever_between_two_looks_the_task_turns() -> None:
@@ -251,8 +255,8 @@ def test_a_round_is_run_again_only_at_its_own_width() -> None:
 
 def test_where_plain_decoding_is_best_a_new_task_is_tried_with_a_draft_soon() -> None:
     tried = {False: 0, True: 0}
-    for is_new in tried:
-        simulated = machine("experts read again", 4, 0)
+    for seed, is_new in product(range(4), tried):
+        simulated = machine("experts read again", 4, seed)
         for _ in range(40):
             for _ in range(50):
                 simulated.round(0.0)
@@ -262,7 +266,7 @@ def test_where_plain_decoding_is_best_a_new_task_is_tried_with_a_draft_soon() ->
             for _ in range(6):
                 simulated.round(0.0)
             tried[is_new] += any(simulated.chosen[begun:])
-    assert tried[True] >= 30 > 12 >= tried[False]
+    assert tried[True] >= 150 > 50 >= tried[False]  # of 160
 
 
 def test_where_plain_decoding_is_best_nothing_is_weighed_until_the_next_look() -> None:

@@ -90,33 +90,32 @@ class Acceptance:
         self._kept = [LEAST_WEIGHT * usual, *[0.0] * (longest - 1)][:longest]
         self._surplus = self._variance = 0.0  # of accepted drafts, lately, over what was expected
         self._plain = 0  # rounds since the last with drafts
-        self._expected: list[float] = []  # tokens, once they were asked for and until something is learnt
+        self._rates: list[float] = []  # by position, once they were asked for and until something is learnt
 
     def observe(self, num_draft_tokens: int, accepted: Sequence[int]) -> bool:
         """Learns from a round; whether it was too surprising for what was known before."""
         if num_draft_tokens == 0:
             self._plain += 1  # time passes, which counts when there is something to learn
             return False
-        tried = [sum(count >= i for count in accepted) for i in range(num_draft_tokens)]
-        kept = [sum(count > i for count in accepted) for i in range(num_draft_tokens)]
-        is_surprising = self._is_surprised(tried, kept)
+        reached = [len(accepted), *(sum(count >= i for count in accepted) for i in range(1, num_draft_tokens + 1))]
+        is_surprising = self._is_surprised(reached)
         if is_surprising:
             self.loosen()
         self._fade((1 - 1 / MEMORY) ** (1 + self._plain))
         self._plain = 0
-        for i in range(num_draft_tokens):
-            self._tried[i] += tried[i]
-            self._kept[i] += kept[i]
+        for i, (tried, kept) in enumerate(pairwise(reached)):
+            self._tried[i] += tried
+            self._kept[i] += kept
         return is_surprising
 
-    def _is_surprised(self, tried: Sequence[int], kept: Sequence[int]) -> bool:
+    def _is_surprised(self, reached: Sequence[int]) -> bool:
         """Counted by drafts that were reached: how many a row accepts in all varies far too much."""
         fade = (1 - 1 / LATELY) ** (1 + self._plain)
         self._surplus *= fade
         self._variance *= fade**2
-        for rate, reached, right in zip(self._rates(), tried, kept, strict=False):
-            self._surplus += right - rate * reached
-            self._variance += rate * (1 - rate) * reached
+        for rate, (tried, kept) in zip(self.rates(), pairwise(reached), strict=False):
+            self._surplus += kept - rate * tried
+            self._variance += rate * (1 - rate) * tried
         return abs(self._surplus) > SURPRISE * self._variance**0.5
 
     def loosen(self) -> None:
@@ -126,24 +125,22 @@ class Acceptance:
 
     def expected_tokens(self) -> list[float]:
         """T(K) for K = 0, 1, ..., longest."""
-        if not self._expected:
-            self._expected = [1.0, *(1.0 + reached for reached in accumulate(accumulate(self._rates(), mul)))]
-        return self._expected
+        return list(accumulate(accumulate(self.rates(), mul), initial=1.0))
 
-    def _rates(self) -> list[float]:
+    def rates(self) -> list[float]:
         """Acceptance at each position, given that all before it were accepted."""
-        rates: list[float] = []
-        for tried, kept in zip(self._tried, self._kept, strict=True):
-            rates.append((kept + FIRM * rates[-1]) / (tried + FIRM) if rates else kept / tried)
-        return rates
+        if not self._rates:
+            for tried, kept in zip(self._tried, self._kept, strict=True):
+                before = self._rates[-1] if self._rates else kept / tried
+                self._rates.append((kept + FIRM * before) / (tried + FIRM))
+        return self._rates
 
     def _fade(self, factor: float) -> None:
-        for i, tried in enumerate(self._tried):
-            least = LEAST_WEIGHT if i == 0 else 0.0
-            kept = max(factor, least / tried) if tried else factor
-            self._tried[i] *= kept
-            self._kept[i] *= kept
-        self._expected = []
+        factors = [factor] * len(self._tried)
+        factors[:1] = [max(factor, LEAST_WEIGHT / tried) for tried in self._tried[:1]]
+        self._tried = list(map(mul, self._tried, factors))
+        self._kept = list(map(mul, self._kept, factors))
+        self._rates = []
 
 
 class AdaptiveLength:

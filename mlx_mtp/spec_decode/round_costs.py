@@ -38,7 +38,7 @@ WALK = 0.1  # of the pace, from round to round
 MOST_OFF = 2.5  # standard deviations; what a timing is off by more is a disturbance, unless it lasts
 OTHER_WIDTH_DOUBT = 0.1  # of log seconds, where nothing is known but the costs of another width
 LIFETIME = 5000  # rounds after which costs, untimed, are as much in doubt as before any timing
-SHORT_RUN, LEARN_EVERY = 8, 16  # timings of one K in a row; of those beyond the first, a few say as much as all
+SHORT_RUN, LEARN_EVERY = 2, 16  # timings of one K in a row; of those beyond the first, a few say as much as all
 GROW_EVERY = 16  # timed rounds after which that doubt is brought up to date
 DARING = 0.6  # of the doubt counts where costs are drawn: less than 1, since the next round draws again
 WELL_TIMED = 3  # timings
@@ -46,7 +46,7 @@ SHORTEST_ROUND, LONGEST_ROUND = 1e-7, 1e5  # seconds; what was kept of a round a
 USUAL_ACCEPTANCE = 0.6
 ACCEPTANCE_LIFETIME = 60  # drafts after which the acceptance that a new engine begins with has mostly been learnt anew
 
-_PACE, _LATE = -2, -1  # in a filter's state
+_PACE, _LATE, _FIRST = 0, 1, 2  # in a filter's state, where c(0) is the first of the costs
 
 
 class RoundCosts:
@@ -115,6 +115,7 @@ class RoundCosts:
 
     def seconds(self, rows: int, longest: int) -> list[float]:
         """Of K = 0, 1, ..., longest, as far as is known. Something `is_known`."""
+        self._learn(self._last[1])
         return self._width(rows, longest).seconds[: longest + 1]
 
     def drawn(self, rows: int, longest: int, wanted: int, random: Random) -> list[float]:
@@ -147,7 +148,8 @@ class RoundCosts:
 
 
 class _Width:
-    """The filter for one number of rows. Its state: c(0), c(1), ..., c(longest), pace, late."""
+    """The filter for one number of rows. Its state: pace, late, c(0), c(1), ..., c(longest); of covariances the lower
+    triangle is kept."""
 
     def __init__(self, longest: int, widest_block: int | None) -> None:
         self.longest = longest
@@ -162,15 +164,15 @@ class _Width:
         slopes = [SLOPE_DOUBT * k / total for k, total in zip(drafts, line, strict=True)]
         bumped = list(accumulate(bump**2 for bump in bumps))  # those up to min(i, j) are in c(i) and in c(j)
         prior = [[slopes[i] * slopes[j] + bumped[min(i, j)] for j in drafts] for i in drafts]
-        self.mean = [*extra, 0.0, LATE]
-        self.covariance = _joined(prior, PACE_DOUBT**2, LATE_DOUBT**2)
-        self._growing, self._stale = _joined(prior, 0.0, 0.0), 0  # and timed rounds since it last grew
+        self.mean = [0.0, LATE, *extra]
+        self.covariance = _joined(PACE_DOUBT**2, LATE_DOUBT**2, prior)
+        self._growing, self._stale = _joined(0.0, 0.0, prior), 0  # and timed rounds since it last grew
         self._factor: list[list[float]] = []  # of the covariance of c(1), c(2), ..., as far as it was needed
 
     @property
     def seconds(self) -> list[float]:
         """Of a round, for K = 0, 1, ..., longest."""
-        return [math.exp(self.mean[_PACE] + extra) for extra in self.mean[:_PACE]]
+        return [math.exp(self.mean[_PACE] + extra) for extra in self.mean[_FIRST:]]
 
     @property
     def known(self) -> dict[int, float]:
@@ -179,12 +181,13 @@ class _Width:
 
     def drawn(self, wanted: int, random: Random) -> list[float]:
         """Seconds for K = 0, 1, ..., wanted as they may be, by mean + factor @ normals; none below one before."""
-        factor = self._factor
-        for row in self.covariance[1 + len(factor) : 1 + wanted]:
-            factor.append(_next_of_cholesky(factor, row[1:]))
-        normals = [random.gauss(0.0, DARING) for _ in range(wanted)]
-        extra = [mean + sum(map(mul, row, normals)) for mean, row in zip(self.mean[1:], factor[:wanted], strict=False)]
-        return [math.exp(self.mean[_PACE] + most) for most in accumulate([0.0, *extra], max)]
+        factor, first = self._factor, _FIRST + 1  # c(0) is certain
+        for row in self.covariance[first + len(factor) : first + wanted]:
+            factor.append(_next_of_cholesky(factor, row[first:]))
+        pace, normals = self.mean[_PACE], [random.gauss(0.0, DARING) for _ in range(wanted)]
+        logs = [pace + mean + sum(map(mul, row, normals))
+                for mean, row in zip(self.mean[first : first + wanted], factor, strict=False)]
+        return list(map(math.exp, accumulate([pace, *logs], max)))
 
     def begin(self, known: Mapping[int, float], doubt: float) -> None:
         """Takes costs from elsewhere as one timing each; their pace was another one."""
@@ -193,7 +196,6 @@ class _Width:
                 self._learn(k, k, math.log(seconds), doubt)
         for row in self.covariance:
             row[_PACE] = 0.0
-        self.covariance[_PACE] = [0.0] * len(self.mean)
         self.covariance[_PACE][_PACE] = PACE_DOUBT**2
 
     def observe(self, k: int, before: int, seconds: float, rounds: int) -> None:
@@ -210,30 +212,29 @@ class _Width:
     def _learn(self, k: int, before: int, log_seconds: float, noise: float) -> None:
         """A Kalman update, extended: late is a factor. What is off by far counts in part, and makes the pace doubtful:
         so it counts if it lasts."""
-        mean, late = self.mean, self.mean[_LATE]
-        own, more = 1 - late, mean[before] - mean[k]
-
-        def timed(state: Sequence[float]) -> float:
-            """What was timed, as far as it is linear in the state."""
-            return state[_PACE] + own * state[k] + late * state[before] + more * state[_LATE]
-
-        shared = [timed(row) for row in self.covariance]
-        variance = noise**2 + timed(shared)
-        off = log_seconds - mean[_PACE] - own * mean[k] - late * mean[before]
+        mean, late, this, last = self.mean, self.mean[_LATE], _FIRST + k, _FIRST + before
+        own, more = 1 - late, mean[last] - mean[this]  # what was timed, as far as it is linear in late
+        columns = [self._column(i) for i in (_PACE, this, last, _LATE)]
+        shared = [each + own * now + late * then + more * so for each, now, then, so in zip(*columns, strict=True)]
+        variance = noise**2 + shared[_PACE] + own * shared[this] + late * shared[last] + more * shared[_LATE]
+        off = log_seconds - mean[_PACE] - own * mean[this] - late * mean[last]
         most = MOST_OFF * math.sqrt(variance)
         believed = min(max(off, -most), most)
         gains = [each / variance for each in shared]
         self.mean = [each + gain * believed for each, gain in zip(mean, gains, strict=True)]
-        self.covariance = [[each - gain * other for each, other in zip(row, shared, strict=True)]
+        self.covariance = [[each - gain * other for each, other in zip(row, shared, strict=False)]
                            for row, gain in zip(self.covariance, gains, strict=True)]
         self.covariance[_PACE][_PACE] += (off - believed) ** 2
         self._factor = []  # nobody asks before the next draw
 
+    def _column(self, i: int) -> list[float]:
+        """Of the covariance, the upper triangle's part with it."""
+        return [*self.covariance[i], *(row[i] for row in self.covariance[i + 1 :])]
 
-def _joined(extra: Sequence[Sequence[float]], pace: float, late: float) -> list[list[float]]:
+
+def _joined(pace: float, late: float, extra: Sequence[Sequence[float]]) -> list[list[float]]:
     """The covariance of a state whose pace and late are independent of the rest, from that of the rest."""
-    zeros = [0.0] * len(extra)
-    return [*([*row, 0.0, 0.0] for row in extra), [*zeros, pace, 0.0], [*zeros, 0.0, late]]
+    return [[pace], [0.0, late], *([0.0, 0.0, *row[: i + 1]] for i, row in enumerate(extra))]
 
 
 def _next_of_cholesky(factor: Sequence[Sequence[float]], row: Sequence[float]) -> list[float]:
