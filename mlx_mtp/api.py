@@ -5,14 +5,13 @@ from __future__ import annotations
 import difflib
 import math
 import reprlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
-from numbers import Integral
 from pathlib import Path
-from typing import Any, TypeGuard, overload
+from typing import Any, overload
 
 import mlx.core as mx
-import numpy as np
 from mlx.utils import tree_flatten
 
 from mlx_mtp import demo, device
@@ -35,6 +34,7 @@ from mlx_mtp.kv_cache import KVCache, layer_shapes
 from mlx_mtp.models.drafter import Drafter
 from mlx_mtp.models.expert_calibration import choose_dispatch
 from mlx_mtp.models.target import Target
+from mlx_mtp.prompt import is_batch, is_list, is_whole, tokens_of
 from mlx_mtp.spec_decode.round_costs import RoundCosts
 from mlx_mtp.tokenizer import TextStream, Tokenizer
 
@@ -65,7 +65,8 @@ class Pair:
 
 @dataclass(frozen=True)
 class Result:
-    """A finished completion. tokens: the generated ids without the stop token."""
+    """A finished completion. tokens: the generated ids without the stop token; where a stop string ended it, up to the
+    one that made that whole."""
 
     text: str
     tokens: list[int]
@@ -115,15 +116,13 @@ def load(
     Raises CheckpointError, ConfigError, PairError, MemoryBudgetError or RequestError, each before any weight is read
     if it can be known by then.
     """
-    _check_names(model, draft_model, dtype)
+    _check_arguments(model, draft_model, max_context, dtype)
     notes = []
     if model is None:
         model = demo.TARGET
         notes.append("no model given: using the built-in demonstration pair (its text has the form of an answer, "
                      "not the content)")
     check_draft_bits(draft_bits)
-    if max_context is not None and max_context < 2:
-        raise RequestError(f"max_context is {max_context}; expected at least 2: a prompt and an answer")
     folder = local_folder(model)
     dtype = dtype or default_dtype()
     target, left_out = load_target(folder, dtype)
@@ -166,7 +165,7 @@ def _draft_folder(model: str | Path, draft_model: str | Path | None, notes: list
 
 def remember(pair: Pair) -> None:
     """Keeps what rounds were measured to take for the next process, where it is news."""
-    if pair.calibration is None:
+    if pair.calibration is None or sys.is_finalizing():  # a generator that nobody closed ends with the interpreter
         return
     key, measured = _costs_key(pair), pair.round_costs.to_json()
     known = pair.calibration.read(key) or {}
@@ -203,7 +202,7 @@ def generate(pair: Pair, prompt: Prompt | Sequence[Prompt], **settings: Any) -> 
     for segment in stream_generate(pair, prompt, **settings):
         if segment.result is not None:
             results[segment.index] = segment.result
-    return [results[i] for i in sorted(results)] if _is_batch(prompt) else results[0]
+    return [results[i] for i in sorted(results)] if is_batch(prompt) else results[0]
 
 
 def stream_generate(
@@ -226,14 +225,23 @@ def check(pair: Pair, prompt: Prompt | Sequence[Prompt], **settings: Any) -> Non
 def new_engine(pair: Pair, **settings: Any) -> Engine:
     """What runs requests of this pair: submit them from any thread, step on one. Reads no weight.
 
-    settings: the fields of EngineConfig, such as max_rows. Raises RequestError for impossible ones.
+    settings: the fields of EngineConfig, such as max_rows. Raises RequestError for unknown or impossible ones.
     """
+    known = [field.name for field in fields(EngineConfig)]
+    for name in settings:
+        if name not in known:
+            raise RequestError(f"unknown engine setting {name!r}; expected one of {', '.join(known)}")
     return Engine(pair.target, pair.drafter, EngineConfig(**settings), pair.round_costs)
 
 
 def new_request(pair: Pair, prompt: Prompt, sampling: SamplingParams) -> Request:
-    """One prompt, ready to be run. Raises RequestError for an empty or too long prompt."""
-    tokens = _tokens(pair, prompt)
+    """One prompt, ready to be run. Raises RequestError for an empty or too long prompt.
+
+    An engine knows tokens, not text: stop strings are the business of `stream_requests`, or of who steps the engine.
+    """
+    if not isinstance(sampling, SamplingParams):
+        raise RequestError(f"sampling is {reprlib.repr(sampling)}; expected a SamplingParams")
+    tokens = tokens_of(prompt, pair.tokenizer, pair.target.config.text.vocab_size)
     _check_length(pair, len(tokens), answer=1)
     return Request(tokens, sampling, pair.tokenizer.stop_tokens, pair.max_context)
 
@@ -280,9 +288,9 @@ def score(pair: Pair, tokens: Prompt, *, chunk: int = 512) -> mx.array:
     tokens: ids, or text, which is encoded as a prompt is. chunk: tokens a pass.
     Raises RequestError for what is no prompt, for more tokens than `pair.max_context` and for a chunk below 1.
     """
-    ids = _tokens(pair, tokens)
+    ids = tokens_of(tokens, pair.tokenizer, pair.target.config.text.vocab_size)
     _check_length(pair, len(ids))
-    if not _is_whole(chunk) or chunk < 1:
+    if not is_whole(chunk) or chunk < 1:
         raise RequestError(f"chunk is {chunk!r}; expected a whole number of at least 1")
     text = pair.target.config.text
     cache = KVCache(layer_shapes(text), text.window, 1, 1, pair.target.dtype, len(ids))
@@ -300,7 +308,7 @@ def score(pair: Pair, tokens: Prompt, *, chunk: int = 512) -> mx.array:
 def _requests(
     pair: Pair, prompt: Prompt | Sequence[Prompt], settings: dict[str, Any]
 ) -> tuple[Engine, list[Request]]:
-    prompts: list[Any] = list(prompt) if _is_batch(prompt) else [prompt]
+    prompts: list[Any] = list(prompt) if is_batch(prompt) else [prompt]
     sampling, changes = _settings(len(prompts), settings)
     EngineConfig(**changes)  # complains of a setting before the pair is looked at
     requests = [new_request(pair, one, params) for one, params in zip(prompts, sampling, strict=True)]
@@ -320,7 +328,7 @@ def _settings(rows: int, given: dict[str, Any]) -> tuple[list[SamplingParams], d
                            + f"expected one of {', '.join(known)}")
     base = given.get("sampling", SamplingParams())
     per_row = [base] * rows if isinstance(base, SamplingParams) else base
-    if not _is_list(per_row) or not all(isinstance(params, SamplingParams) for params in per_row):
+    if not is_list(per_row) or not all(isinstance(params, SamplingParams) for params in per_row):
         raise RequestError(f"sampling is {reprlib.repr(base)}; expected a SamplingParams, or a list with one for each "
                            "prompt")
     if len(per_row) != rows:
@@ -328,46 +336,6 @@ def _settings(rows: int, given: dict[str, Any]) -> tuple[list[SamplingParams], d
     changes = {name: value for name, value in given.items() if name in names}
     engine = {name: given[name] for name in ENGINE_SETTINGS if given.get(name) is not None}
     return [replace(params, **changes) for params in per_row], engine
-
-
-def _is_batch(prompt: object) -> bool:
-    """Whether this is a list of prompts: some part of it is text or a list, not a token id."""
-    prompt = _plain(prompt)
-    return _is_list(prompt) and any(isinstance(part, str) or _is_list(_plain(part)) for part in prompt)
-
-
-def _is_list(value: object) -> TypeGuard[Sequence[Any]]:
-    return isinstance(value, Sequence) and not isinstance(value, str | bytes | bytearray | memoryview)
-
-
-def _is_whole(value: object) -> TypeGuard[int]:
-    return isinstance(value, Integral) and not isinstance(value, bool)
-
-
-def _plain(value: Any) -> Any:
-    """NumPy's and mlx's arrays and numbers as Python's."""
-    return value.tolist() if isinstance(value, mx.array | np.ndarray | np.generic) else value
-
-
-def _tokens(pair: Pair, prompt: object) -> list[int]:
-    """The ids of one prompt. Raises RequestError for what is neither text nor ids of the pair's vocabulary."""
-    prompt = _plain(prompt)
-    if isinstance(prompt, Mapping) or (_is_list(prompt) and any(isinstance(part, Mapping) for part in prompt)):
-        raise RequestError("the prompt is a conversation; expected text or token ids: pass "
-                           "pair.tokenizer.encode_chat(messages)")
-    if not isinstance(prompt, str) and not _is_list(prompt):
-        raise RequestError(f"a prompt is {reprlib.repr(prompt)}; expected text or a list of token ids, or a list of "
-                           "such prompts")
-    if not prompt:
-        raise RequestError("the prompt is empty: expected text or at least one token id")
-    tokens = pair.tokenizer.encode(prompt) if isinstance(prompt, str) else [_plain(part) for part in prompt]
-    vocab_size = pair.target.config.text.vocab_size
-    for token in tokens:
-        if not _is_whole(token):
-            raise RequestError(f"the prompt holds {reprlib.repr(token)}; expected token ids, which are whole numbers")
-        if not 0 <= token < vocab_size:
-            raise RequestError(f"the prompt holds token {token}; expected ids from 0 to {vocab_size - 1}")
-    return [int(token) for token in tokens]
 
 
 def _check_length(pair: Pair, length: int, answer: int = 0) -> None:
@@ -383,11 +351,15 @@ def _check_length(pair: Pair, length: int, answer: int = 0) -> None:
                        "prompt")
 
 
-def _check_names(model: object, draft_model: object, dtype: object) -> None:
-    """Raises RequestError for what can be no name of a checkpoint and no type of weights."""
+def _check_arguments(model: object, draft_model: object, max_context: object, dtype: object) -> None:
+    """Raises RequestError for what can be no name of a checkpoint, no context and no type of weights."""
     for what, name in (("model", model), ("draft model", draft_model)):
+        if not isinstance(name, str | Path | None):
+            raise RequestError(f"the {what} is {reprlib.repr(name)}; expected a folder or a Hub name (owner/name)")
         if name is not None and not str(name).strip():  # as a path it would be the working directory
             raise RequestError(f"the {what}'s name is empty: expected a folder or a Hub name (owner/name)")
+    if max_context is not None and (not is_whole(max_context) or max_context < 2):
+        raise RequestError(f"max_context is {max_context!r}; expected at least 2: a prompt and an answer")
     if dtype is not None and dtype not in (mx.float32, mx.float16, mx.bfloat16):
         raise RequestError(f"dtype is {dtype!r}; expected mx.float32, mx.float16 or mx.bfloat16")
 

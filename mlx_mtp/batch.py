@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import sys
 import time
 from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
 from typing import Any, Protocol
 
 from mlx_mtp import api
@@ -58,7 +58,7 @@ def model_name(model: str | None) -> str:
     """What a checkpoint is called in fingerprints: a folder by its whole path, whatever the working directory."""
     if model is None:
         return "the built-in pair"
-    return str(Path(model).resolve()) if Path(model).is_dir() else model
+    return os.path.realpath(model) if os.path.isdir(model) else model
 
 
 @dataclass
@@ -156,7 +156,7 @@ def summary(result: Result) -> str:
 
 
 class Totals:
-    """What a job has done so far. seconds: since it began."""
+    """What a job has done since it began."""
 
     def __init__(self) -> None:
         self._began = time.perf_counter()

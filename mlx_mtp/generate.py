@@ -15,7 +15,7 @@ from typing import Any
 from mlx_mtp import api, batch, prompts_file
 from mlx_mtp.api import Pair, Result
 from mlx_mtp.batch import Job
-from mlx_mtp.command import Parser, guarded, num_draft_tokens
+from mlx_mtp.command import Parser, check_output, guarded, num_draft_tokens
 from mlx_mtp.config import AUTO, EngineConfig, SamplingParams
 from mlx_mtp.errors import RequestError
 from mlx_mtp.output_file import OutputFile
@@ -75,7 +75,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> int:
     sampling = SamplingParams(args.max_tokens, args.temp, args.top_k, args.top_p, args.min_p, args.seed)
     EngineConfig(num_draft_tokens=args.num_draft_tokens, max_rows=args.max_rows)  # complains before anything is loaded
-    _check_output(args)
+    if args.output is not None and args.prompts_file is None:
+        raise RequestError("--output is given without --prompts-file: give the prompts as a file, or redirect stdout")
+    if args.output is not None:
+        check_output(args.output, args.prompts_file)
     work = _Work(args, _lines(args, sampling))
     try:
         pair = api.load(args.model, args.draft_model, draft_bits=args.draft_bits, max_context=args.max_context,
@@ -172,27 +175,10 @@ class _Work:
         return result
 
 
-def _check_output(args: argparse.Namespace) -> None:
-    """What can be known to be wrong with --output before a model is loaded, or downloaded."""
-    if args.output is None:
-        return
-    if args.prompts_file is None:
-        raise RequestError("--output is given without --prompts-file: give the prompts as a file, or redirect stdout")
-    if not args.output.absolute().parent.is_dir():
-        raise RequestError(f"there is no folder {args.output.parent} for --output: make it or name another")
-    if args.output.is_dir():
-        raise RequestError(f"--output {args.output} is a folder: expected the name of a file")
-    if args.output.exists() and Path(args.prompts_file).exists() and args.output.samefile(args.prompts_file):
-        raise RequestError(f"--output is the prompts file itself, {args.prompts_file}: name another file")
-
-
 def _lines(args: argparse.Namespace, sampling: SamplingParams) -> list[Line]:
     if args.prompts_file is None:
         return [Line(text, sampling) for text in _prompts(args.prompt)]
-    if args.prompts_file == "-":
-        lines = prompts_file.parse(_stdin(), "stdin", sampling)
-    else:
-        lines = prompts_file.parse(prompts_file.read(Path(args.prompts_file)), args.prompts_file, sampling)
+    lines = prompts_file.load(args.prompts_file, sampling)
     for line in lines if args.ignore_chat_template else ():
         if not isinstance(line.prompt, str):
             raise RequestError(f"{line.where}: has messages, which only the chat template makes a prompt of: give it "
@@ -205,21 +191,11 @@ def _prompts(given: list[str] | None) -> list[str]:
         raise RequestError("no prompt given: pass --prompt, or --prompt - to read stdin")
     if given is not None and given.count("-") > 1:
         raise RequestError("--prompt - is given twice, but stdin can be read only once: give the others as text")
-    texts = [_stdin() if prompt == "-" else prompt for prompt in given or ["-"]]
+    texts = [prompts_file.read_stdin() if prompt == "-" else prompt for prompt in given or ["-"]]
     for text in texts:
         if not text.strip():
             raise RequestError("the prompt is empty: expected some text")
     return texts
-
-
-def _stdin() -> str:
-    try:
-        text = sys.stdin.read()
-        text.encode("utf-8")  # in the C locale, bytes that cannot be decoded come as lone surrogates
-    except UnicodeError as error:
-        raise RequestError(f"what came on stdin is not text in {sys.stdin.encoding}: convert it to that, or set "
-                           "PYTHONIOENCODING to the encoding it is in") from error
-    return text
 
 
 def _tokens(pair: Pair, prompt: str | Sequence[Mapping[str, Any]], args: argparse.Namespace) -> list[int]:

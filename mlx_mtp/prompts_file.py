@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import reprlib
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
@@ -43,6 +44,22 @@ def read(path: Path) -> str:
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise RequestError(f"{path}:{line}: holds bytes that are not UTF-8: convert the file to UTF-8") from error
+
+
+def read_stdin() -> str:
+    """All of stdin as text, without a byte order mark. Raises RequestError for what is none."""
+    try:
+        text = sys.stdin.read()
+        text.encode("utf-8")  # in the C locale, bytes that cannot be decoded come as lone surrogates
+    except UnicodeError as error:
+        raise RequestError(f"what came on stdin is not text in {sys.stdin.encoding}: convert it to that, or set "
+                           "PYTHONIOENCODING to the encoding it is in") from error
+    return text.removeprefix("\ufeff")
+
+
+def load(name: str, defaults: SamplingParams) -> list[Line]:
+    """The requests of the file `name`, or of stdin if that is "-". Raises RequestError, as `read` and `parse` do."""
+    return parse(read_stdin(), "stdin", defaults) if name == "-" else parse(read(Path(name)), name, defaults)
 
 
 def parse(text: str, name: str, defaults: SamplingParams) -> list[Line]:
@@ -120,9 +137,11 @@ def _conversation(messages: object) -> Sequence[Mapping[str, Any]]:
     for number, message in enumerate(messages, 1):
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise RequestError(f"message {number} is {reprlib.repr(message)}; expected an object with role and content")
-        content = message.get("content")
+        content, calls = message.get("content"), message.get("tool_calls", [])
+        if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+            raise RequestError(f"tool_calls of message {number} are {reprlib.repr(calls)}; expected a list of objects")
         parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
-        if "tool_calls" in message and content is None:
+        if calls and content is None:
             continue
         for part in parts:
             if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):

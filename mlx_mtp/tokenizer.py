@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import reprlib
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -25,8 +26,9 @@ class Tokenizer:
         # Imported here: it imports transformers, which takes a second that `--help` must not take.
         from mlx_lm.tokenizer_utils import load
 
+        stop_tokens = _stop_tokens(folder)
         try:
-            self._wrapped = load(folder, eos_token_ids=_stop_tokens(folder))
+            self._wrapped = load(folder, eos_token_ids=stop_tokens)
         except Exception as error:  # the tokenizers library raises bare Exceptions for a malformed file
             raise CheckpointError(f"{folder}: the tokenizer cannot be read ({error}): copy its files from the original "
                                   "checkpoint") from error
@@ -67,17 +69,20 @@ class Tokenizer:
         thinking: asks for thoughts before the answer, if the template can. tools: JSON schemas of functions to offer.
         """
         if not self.has_chat_template:
-            raise RequestError("this checkpoint has no chat template: pass --ignore-chat-template (in Python: give "
-                               "the prompt as plain text)")
-        from jinja2 import TemplateError
+            raise RequestError("this checkpoint has no chat template: copy chat_template.jinja from the original one, "
+                               "or give the prompt as plain text (generate's --ignore-chat-template)")
+        from jinja2 import TemplateSyntaxError
 
         try:
             text = self._wrapped.apply_chat_template(
                 messages, tools=list(tools) or None, add_generation_prompt=True, enable_thinking=thinking,
                 tokenize=False)
-        except TemplateError as error:
+        except TemplateSyntaxError as error:
+            raise CheckpointError(f"the chat template cannot be read ({error}, line {error.lineno}): copy "
+                                  "chat_template.jinja from the original checkpoint") from error
+        except Exception as error:  # a template is a program: it refuses by raising, or meets what it does not expect
             raise RequestError(f"the chat template refuses this conversation ({error}): change its roles or contents, "
-                               "or pass --ignore-chat-template") from error
+                               "or give the prompt as plain text (generate's --ignore-chat-template)") from error
         return self._ids(text)
 
     def _ids(self, text: str) -> list[int]:
@@ -152,7 +157,15 @@ def _stop_tokens(folder: Path) -> list[int] | None:
             continue
         except ValueError as error:
             raise CheckpointError(f"{folder / name} cannot be read as JSON: {error}") from error
+        if not isinstance(raw, dict):
+            raise CheckpointError(f"{folder / name} is {reprlib.repr(raw)}; expected an object: copy the file from the "
+                                  "original checkpoint")
         ids = raw.get("eos_token_id") or raw.get("text_config", {}).get("eos_token_id")
-        if ids is not None:
-            return [ids] if isinstance(ids, int) else list(ids)
+        if ids is None:
+            continue
+        ids = ids if isinstance(ids, list) else [ids]
+        if not all(type(each) is int for each in ids):
+            raise CheckpointError(f"{folder / name}: eos_token_id is {ids}; expected whole numbers: copy the file from "
+                                  "the original checkpoint")
+        return ids
     return None

@@ -186,7 +186,11 @@ def test_a_trusted_chat_asks_nothing_and_a_model_that_calls_for_ever_is_told_to_
     chat.take("Go")
     assert view.asked == []
     assert engine.prompts[-1].count("5 🦙") == 3
-    assert engine.prompts[-1].count("more than 3 calls") == 2
+    assert engine.prompts[-1].count("more than 3 calls") == 1
+    assert len(engine.prompts) == 5
+    assert view.notes[-1].endswith("the turn ends here")
+    assert chat.conversation.messages[-1].role == "assistant"
+    assert not chat.conversation.messages[-1].tool_calls
 
 
 def test_a_call_that_cannot_be_read_is_one_line_and_the_answer_stays(session: Session, tmp_path: Path) -> None:

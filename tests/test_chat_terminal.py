@@ -153,14 +153,12 @@ def test_a_long_paste_in_a_narrow_window_a_kill_and_the_conversation_goes_on(tmp
 def test_without_a_terminal_lines_go_in_answers_come_out_and_all_else_goes_to_stderr(tmp_path: Path) -> None:
     (tmp_path / "config" / "mlx_mtp").mkdir(parents=True)
     (tmp_path / "config" / "mlx_mtp" / "chat.json").write_text("{")
-    (tmp_path / "tools.py").write_text("def (")
     lines = ["Hello", "", '"""Two', 'lines 🦙"""', "/set temp hot", "/stats", "Caf\udce9", "/load nowhere", "Bye"]
     done = subprocess.run(
-        [*COMMAND, "-m", "12", "--tools", str(tmp_path / "tools.py"), "--resume", str(tmp_path / "none.json")],
-        cwd=ROOT, env=user_folders(tmp_path), input="\n".join(lines).encode("utf-8", "surrogateescape"),
-        capture_output=True, check=False)
+        [*COMMAND, "-m", "12"], cwd=ROOT, env=user_folders(tmp_path),
+        input="\n".join(lines).encode("utf-8", "surrogateescape"), capture_output=True, check=False)
     out, err = done.stdout.decode(), done.stderr.decode()
-    assert done.returncode == 0, err
+    assert done.returncode == 2, err
     assert "Traceback" not in err
     assert said(tmp_path) == ["Hello", "Two\nlines 🦙", "Bye"]
     answers = said(tmp_path, "assistant")
@@ -168,9 +166,20 @@ def test_without_a_terminal_lines_go_in_answers_come_out_and_all_else_goes_to_st
     assert "".join(out.split()) == "".join("".join(answers).split())
     assert len(re.findall(STATUS, err)) == 3
     errors = [line for line in err.splitlines() if line.startswith("error: ")]
-    for error, word in zip(errors, ["chat.json", "none.json", "tools.py", "hot", "no character", "nowhere"],
-                           strict=True):
+    for error, word in zip(errors, ["chat.json", "hot", "no character", "nowhere"], strict=True):
         assert word in error
+
+
+@pytest.mark.parametrize(("flag", "name"), [("--resume", "none.json"), ("--tools", "tools.py")])
+def test_without_a_terminal_nothing_is_said_to_another_conversation_or_without_the_tools(
+    tmp_path: Path, flag: str, name: str
+) -> None:
+    (tmp_path / "tools.py").write_text("def (")
+    done = subprocess.run([*COMMAND, flag, str(tmp_path / name)], cwd=ROOT, env=user_folders(tmp_path), input="Hello\n",
+                          capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert [name in line for line in done.stderr.splitlines() if line.startswith("error: ")] == [True]
+    assert not list(tmp_path.rglob("conversations/*.json"))
 
 
 def test_ctrl_c_without_a_terminal_keeps_what_came_and_exits_with_130(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ def pair() -> api.Pair:
 def loaded(pair: api.Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     """Loads the pair once for all tests."""
 
-    def load(model: object, draft_model: object, *, calibrate: bool, before_reading: Any) -> api.Pair:
+    def load(model: object, draft_model: object, *, calibrate: bool, before_reading: Any, **_: object) -> api.Pair:
         assert not calibrate  # what rounds took in earlier runs must not decide what this one does
         given = replace(pair, drafter=None) if draft_model == api.NO_DRAFTER else pair
         before_reading(given)

@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
@@ -20,7 +21,7 @@ from mlx_mtp.chat.session import BUILT_IN, Session, Source
 from mlx_mtp.chat.settings import Folders, Settings, Thinking
 from mlx_mtp.chat.terminal import PlainView, RichView, View
 from mlx_mtp.chat.tools import Toolbox
-from mlx_mtp.command import Parser, guarded
+from mlx_mtp.command import USER_ERROR, Parser, guarded
 from mlx_mtp.errors import MtpError
 from mlx_mtp.progress import Progress
 
@@ -35,13 +36,15 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m mlx_mtp.chat",
         description="Talk with Gemma 4, drafted by its MTP drafter. /help in the chat lists its commands. Without a "
                     "terminal each line of stdin is a message (or all lines between two \"\"\"); answers go to "
-                    "stdout, everything else to stderr.")
+                    "stdout, everything else to stderr, and the exit code is 2 if anything could not be done.")
     add = cli.add_argument
     add("--model", help="checkpoint folder or Hub name (default: the small built-in demonstration pair)")
     add("--draft-model", default=api.AUTO, help="drafter's folder or Hub name, or 'none' (default: auto, which looks "
                                                "for <model>-assistant)")
     add("--draft-bits", type=int, help="quantize the drafter to so many bits while loading")
     add("--max-context", type=int, help="tokens of the conversation that the model sees, to plan memory for")
+    add("--no-calibration", action="store_true", help="measure nothing and keep nothing about this machine's speed")
+    add("--no-kernels", action="store_true", help="run MLX's own operations only, no GPU kernels of this package")
     add("--system-prompt", help="instructions put before the conversation")
     add("--resume", nargs="?", const=LAST, metavar="FILE", help="go on with the last conversation, or with a saved one")
     add("--tools", type=Path, metavar="FILE", help="a Python file whose functions the model may call")
@@ -74,9 +77,9 @@ def _run(args: argparse.Namespace) -> int:
         settings = _settings(args, folders, view)
         conversation, path = _conversation(args.resume, folders, view)
         session = _session(args, args.model or conversation.model, settings, view)
-        chat = Chat(session, view, settings, folders, args.yes)
+        chat = Chat(session, view, replace(settings, thinking="off"), folders, args.yes)
         chat.begin(conversation, path)
-        with telling(view):
+        with telling(view, is_vital=False):
             chat.apply(settings)
         with telling(view):
             if args.tools is not None:
@@ -88,14 +91,16 @@ def _run(args: argparse.Namespace) -> int:
         if view.is_interactive:
             view.note("/help lists commands; Ctrl-C stops an answer; Ctrl-D leaves")
         chat.run()
-    return 0
+    return USER_ERROR if view.has_complained and not view.is_interactive else 0
 
 
 def _session(args: argparse.Namespace, model: str | None, settings: Settings, view: View) -> Session:
     progress = Progress(view.is_interactive)
     progress.show(f"loading {model or BUILT_IN}")
     try:
-        session = Session(Source(model, args.draft_model, args.draft_bits, args.max_context), settings.num_draft_tokens)
+        source = Source(model, args.draft_model, args.draft_bits, args.max_context, not args.no_calibration,
+                        not args.no_kernels)
+        session = Session(source, settings.num_draft_tokens)
     finally:
         progress.clear()
     for text in session.pair.notes:
@@ -104,11 +109,16 @@ def _session(args: argparse.Namespace, model: str | None, settings: Settings, vi
 
 
 @contextmanager
-def telling(view: View) -> Iterator[None]:
-    """What cannot be done in here is told in a line, and the chat goes on without it."""
+def telling(view: View, is_vital: bool = True) -> Iterator[None]:
+    """What cannot be done in here is told in a line, and the chat goes on without it.
+
+    is_vital: where nobody is there who could mend it, an answer without it would be to something else, so it is raised.
+    """
     try:
         yield
     except MtpError as error:
+        if is_vital and not view.is_interactive:
+            raise
         view.error(" ".join(str(error).splitlines()))
 
 
@@ -124,7 +134,7 @@ def _conversation(resume: str | None, folders: Folders, view: View) -> tuple[Con
 def _settings(args: argparse.Namespace, folders: Folders, view: View) -> Settings:
     """Flags before the file before the defaults. A broken file is told of; a bad flag raises RequestError."""
     settings = Settings()
-    with telling(view):
+    with telling(view, is_vital=False):
         settings = settings_file.load(folders.settings)
     given = {name: value for name in settings_file.NAMES if (value := getattr(args, name)) is not None}
     return settings.with_values(given)

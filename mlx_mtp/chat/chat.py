@@ -146,8 +146,11 @@ class Chat:
     def show_where_we_are(self) -> None:
         """What a user who comes back should know."""
         turns = len(self.conversation.turns)
+        if not turns:
+            self.view.note("nothing was said in this conversation yet")
+            return
         self.view.note(f"going on after {turns} turn{'s' * (turns != 1)}; the last message was: "
-                       f"{commands._short(self.conversation.question or '')}")
+                       f"{commands.short(self.conversation.question or '')}")
         if self.conversation.is_unanswered:
             self.view.note("it has no answer: /retry asks again")
 
@@ -173,11 +176,14 @@ class Chat:
         """Keeps an answer; as long as it calls tools, calls them and asks for the next. Returns the last one."""
         num_calls = 0
         while True:
-            calls = [] if answer.is_stopped else self._parse(answer, num_calls)
+            is_enough = answer.is_stopped or num_calls > MOST_CALLS
+            calls = [] if is_enough else self._parse(answer, num_calls)
             self.conversation.messages.append(
                 Message("assistant", answer.content, answer.thinking, tuple(calls), answer.is_stopped))
             self.save()
             self._tell(answer)
+            if answer.calls and num_calls > MOST_CALLS:
+                self.view.note("the model calls tools although it was told that it may not: the turn ends here")
             if not calls:
                 return answer
             num_calls += len(calls)
@@ -234,7 +240,7 @@ class Chat:
             message = self.toolbox.call(call)
         except KeyboardInterrupt:
             message = tools.result(call, "Error: the user stopped this call.")
-        self.view.note(f"{tools.shown(call)} gave {commands._short(message.content)}")
+        self.view.note(f"{tools.shown(call)} gave {commands.short(message.content)}")
         return message
 
     def _is_allowed(self, call: ToolCall) -> bool:

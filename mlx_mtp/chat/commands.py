@@ -37,7 +37,7 @@ def run(chat: Chat, line: str) -> None:
     command = COMMANDS.get(name)
     if command is None:
         likely = difflib.get_close_matches(name, COMMANDS, 1)
-        raise RequestError(f"there is no command {_short(name)}; " + (f"did you mean {likely[0]}? " if likely else "")
+        raise RequestError(f"there is no command {short(name)}; " + (f"did you mean {likely[0]}? " if likely else "")
                            + "/help lists them (put a space before a message that begins with a slash)")
     argument = argument.strip()
     if argument and not command.arguments:
@@ -58,8 +58,9 @@ def _reset(chat: Chat, _: str) -> None:
 
 def _undo(chat: Chat, _: str) -> None:
     question = chat.conversation.take_back()
+    chat.used = 0  # until the next turn nobody knows
     chat.save()
-    chat.view.note(f"taken back: {_short(question)}")
+    chat.view.note(f"taken back: {short(question)}")
 
 
 def _retry(chat: Chat, _: str) -> None:
@@ -151,7 +152,8 @@ def _file(path: str, command: str) -> Path:
     return Path(os.path.expanduser(path))
 
 
-def _short(text: str) -> str:
+def short(text: str) -> str:
+    """As much of a text as fits a line that says something else too."""
     line = " ".join(text.split())
     return line if len(line) <= 60 else f"{line[:59]}…"
 

@@ -28,12 +28,14 @@ ANSWER_SHARE = 4  # the context is divided by it: room for an answer that is ask
 
 @dataclass(frozen=True)
 class Source:
-    """What to load, as the flags of the same names say."""
+    """What to load, and how: as `api.load` has it."""
 
     model: str | None = None
     draft_model: str = api.AUTO
     draft_bits: int | None = None
     max_context: int | None = None
+    calibrate: bool = True
+    kernels: bool = True
 
 
 @dataclass(frozen=True)
@@ -77,8 +79,7 @@ class Session:
         Raises what `api.load` raises.
         """
         self.source = source
-        self.pair: Pair = api.load(source.model, source.draft_model, draft_bits=source.draft_bits,
-                                   max_context=source.max_context, before_reading=lambda _: before_reading())
+        self.pair: Pair = api.load(**vars(source), before_reading=lambda _: before_reading())
         self.use(num_draft_tokens)
 
     @property

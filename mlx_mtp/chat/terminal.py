@@ -112,7 +112,7 @@ class PlainView:
     width = 80
 
     def __init__(self, is_interactive: bool) -> None:
-        self.is_interactive = is_interactive
+        self.is_interactive, self.has_complained = is_interactive, False
 
     def __enter__(self) -> PlainView:
         return self
@@ -153,6 +153,7 @@ class PlainView:
         print(f"[{text}]", file=sys.stderr, flush=True)
 
     def error(self, text: str) -> None:
+        self.has_complained = True
         print(f"error: {text}", file=sys.stderr, flush=True)
 
     def _line(self, prompt: str) -> str | None:
@@ -194,7 +195,7 @@ class PlainAnswer:
 class RichView:
     """A prompt with history, editing, several lines and paste; Markdown as it streams."""
 
-    is_interactive = True
+    is_interactive, has_complained = True, False
 
     def __init__(self, history: Path, commands: Sequence[str]) -> None:
         from prompt_toolkit import PromptSession

@@ -31,6 +31,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -45,9 +46,8 @@ from mlx_mtp.check.margins import default_tolerance
 from mlx_mtp.check.prompts import Case
 from mlx_mtp.check.report import Report, console_for_stdout
 from mlx_mtp.check.settings import QUICK, CheckConfig
-from mlx_mtp.command import Parser, num_draft_tokens
+from mlx_mtp.command import Parser, check_output, num_draft_tokens
 from mlx_mtp.config import SamplingParams
-from mlx_mtp.errors import RequestError
 from mlx_mtp.progress import Progress
 from mlx_mtp.prompts_file import Line
 
@@ -63,8 +63,11 @@ def parser() -> argparse.ArgumentParser:
     add("--model", help="checkpoint folder or Hub name (default: the small built-in demonstration pair)")
     add("--draft-model", default=api.AUTO, help="drafter's folder or Hub name, or 'none' (default: auto, which looks "
                                                "for <model>-assistant)")
+    add("--draft-bits", type=int, help="quantize the drafter to so many bits while loading")
+    add("--max-context", type=int, help="tokens of prompt and answer together to plan memory for")
     add("--prompts-file", metavar="FILE", help="prompts to decode instead of the bundled ones, one a line as for "
-                                               "generate; a line with settings of its own is decoded with these alone")
+                                               "generate (- reads stdin); a line with settings of its own is decoded "
+                                               "with these alone")
     add("--max-tokens", "-m", type=int, help=f"of each answer (default: {default.max_tokens})")
     add("--rows", type=int, nargs="+", metavar="N", help="requests decoded together, one sweep for each (default: "
                                                          f"{_words(default.rows)})")
@@ -76,6 +79,7 @@ def parser() -> argparse.ArgumentParser:
                                                           "(default: what rounding can explain, by dtype)")
     add("--no-calibration", action="store_true", help="run a mixture's experts the default way, not the one that is "
                                                       "the fastest here, which is what generate runs")
+    add("--no-kernels", action="store_true", help="run MLX's own operations only, no GPU kernels of this package")
     add("--output", type=Path, metavar="FILE", help="write the report there, as JSON")
     add("--quick", action="store_true", help=f"fewer cells and tokens: rows {_words(QUICK.rows)}, K "
                                              f"{_words(QUICK.num_draft_tokens)}, {QUICK.max_tokens} tokens an answer")
@@ -96,8 +100,11 @@ def _run(args: argparse.Namespace, progress: Progress) -> int:
     defaults = SamplingParams(settings.max_tokens)
     lines: list[Line] = []
     if args.prompts_file is not None:
-        lines = prompts_file.parse(prompts_file.read(Path(args.prompts_file)), args.prompts_file, defaults)
-    _check_output(args.output)
+        lines = prompts_file.load(args.prompts_file, defaults)
+    if args.output is not None:
+        check_output(args.output, args.prompts_file)
+        if os.path.isfile(args.output) or not os.path.exists(args.output):
+            check_output_folder(args.output.absolute().parent, is_made=False)
     cases: list[Case] = []
     notes: list[str] = []
 
@@ -112,15 +119,16 @@ def _run(args: argparse.Namespace, progress: Progress) -> int:
             engine.check(case.request(pair))
 
     progress.show(f"loading {args.model or 'the built-in pair'}")
-    pair = loading.load(args.model, args.draft_model, calibrate=not args.no_calibration, before_reading=prepare)
+    pair = loading.load(args.model, args.draft_model, draft_bits=args.draft_bits, max_context=args.max_context,
+                        before_reading=prepare, calibrate=not args.no_calibration, kernels=not args.no_kernels)
     notes[:0] = pair.notes
     report = _checked(pair, cases, settings, notes, environment.card(pair, args.model), progress)
     progress.clear()
     for note in notes:
         print(note, file=sys.stderr)
+    report.show(console_for_stdout())
     if args.output is not None:
         write_whole(args.output, json.dumps(report.as_json(), indent=1, allow_nan=False) + "\n")
-    report.show(console_for_stdout())
     return 0 if report.verdict == "holds" else NOT_SHOWN_TO_HOLD
 
 
@@ -145,18 +153,6 @@ def _settings(args: argparse.Namespace) -> CheckConfig:
     base = QUICK if args.quick else CheckConfig()
     given = {field.name: value for field in fields(CheckConfig) if (value := getattr(args, field.name)) is not None}
     return CheckConfig(**{field.name: given.get(field.name, getattr(base, field.name)) for field in fields(base)})
-
-
-def _check_output(path: Path | None) -> None:
-    """What can be known to be wrong with --output before minutes were spent on the report."""
-    if path is None:
-        return
-    if path.is_dir():
-        raise RequestError(f"--output {path} is a folder: expected the name of a file")
-    if not path.absolute().parent.is_dir():
-        raise RequestError(f"there is no folder {path.parent} for --output: make it or name another")
-    if path.is_file() or not path.exists():
-        check_output_folder(path.absolute().parent, is_made=False)
 
 
 def _words(values: Sequence[object]) -> str:

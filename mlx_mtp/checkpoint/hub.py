@@ -121,7 +121,7 @@ def find_drafter(name: str | Path) -> Path | None:
     if os.path.isdir(path):
         folder = Path(os.path.abspath(path))  # not resolved: a link counts under its own name
         candidates = (folder.with_name(drafter) for drafter in drafter_names(folder.name))
-        return next((candidate for candidate in candidates if candidate.is_dir()), None)
+        return next((candidate for candidate in candidates if os.path.isdir(candidate)), None)
     for drafter in drafter_names(str(name)):
         try:
             return local_folder(drafter)

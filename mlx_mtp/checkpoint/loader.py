@@ -221,7 +221,7 @@ def check_pair(
 def check_draft_bits(bits: int | None) -> None:
     """Raises RequestError unless a drafter can be quantized to `bits`; None leaves it as it is."""
     if bits is not None and bits not in DRAFT_BITS:
-        raise RequestError(f"draft_bits is {bits}; expected one of {', '.join(map(str, DRAFT_BITS))}")
+        raise RequestError(f"draft_bits is {bits!r}; expected one of {', '.join(map(str, DRAFT_BITS))}")
 
 
 def materialize(model: nn.Module, part: Part, folder: Path) -> None:

@@ -27,6 +27,7 @@ from mlx_mtp.config import AUTO, SLIDING, EngineConfig
 from mlx_mtp.engine.prefix_cache import PrefixCache
 from mlx_mtp.engine.request import Request
 from mlx_mtp.engine.scheduler import CacheCosts, Scheduler
+from mlx_mtp.errors import RequestError
 from mlx_mtp.kv_cache import GROW_STEP, KVCache, layer_shapes
 from mlx_mtp.models.target import Target
 from mlx_mtp.spec_decode.draft_length import AdaptiveLength, DraftLength, FixedLength
@@ -120,7 +121,12 @@ class Engine:
         return len(self._scheduler.waiting) + len(self._scheduler.prefilling)
 
     def submit(self, request: Request) -> int:
-        """Queues a request and returns its id. Raises QueueFullError, or MemoryBudgetError if it could never run."""
+        """Queues a request and returns its id.
+
+        Raises QueueFullError, MemoryBudgetError if it could never run, and RequestError if it was submitted before.
+        """
+        if request.id >= 0 or request.is_finished:
+            raise RequestError("this request was submitted before; expected a new one (mlx_mtp.new_request)")
         with self._lock:
             request.submitted = time.perf_counter()
             self._scheduler.submit(request)
@@ -129,7 +135,8 @@ class Engine:
         return request.id
 
     def abort(self, request_id: int) -> bool:
-        """Ends a request wherever it is, by the next step; whether there was such a one to end."""
+        """Ends a request wherever it is, by the next step; whether the engine still had it (a finished one leaves with
+        the next step)."""
         with self._lock:
             self._aborted.append(request_id)
             return request_id in self._live
@@ -137,7 +144,7 @@ class Engine:
     def step(self) -> list[Event]:
         """Runs at most one prefill chunk and one round. Returns the tokens of the round before, and who was aborted.
 
-        A request whose finish_reason the caller sets (a stop string) leaves at the next step.
+        Stop strings are not looked for: a request that the caller ends (`Request.stop_after`) leaves at the next step.
         """
         events = self._abort()
         self._compact()
@@ -161,7 +168,8 @@ class Engine:
     def run(self, requests: Iterable[Request], on_prefill: Progress | None = None) -> Iterator[Event]:
         """Submits requests, taken one after the other when rows come free, and steps until they are finished.
 
-        Yields their events as tokens come, and holds none that is finished. A caller that stops early aborts the rest.
+        Yields their events as tokens come, and holds none that is finished; events of requests that were submitted
+        elsewhere are not told. A caller that stops early aborts the rest.
         on_prefill(done, total) is told of prompt tokens run, a chunk at a time, of the requests taken so far.
         """
         upcoming = iter(requests)
