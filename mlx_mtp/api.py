@@ -138,7 +138,8 @@ def load(
     planned = min(context, max_context or PLANNED_CONTEXT)
     weight_bytes = _nbytes(target) + (0 if drafter is None else _nbytes(drafter))
     memory.check_memory(text, weight_bytes, planned, EngineConfig().ring_slack, target.dtype, device.memory_bytes())
-    costs = RoundCosts(device.widest_block(max(text.num_heads // layer.num_kv_heads for layer in text.layers)))
+    shared = [text.num_heads // layer.num_kv_heads for layer in text.layers if layer.head_dim <= device.VECTOR_HEAD_DIM]
+    costs = RoundCosts(device.widest_block(max(shared)) if shared else None)
     file = CalibrationFile(default_path()) if calibrate else None
     pair = Pair(target, drafter, Tokenizer(folder), context, tuple(notes), costs, file)
     if before_reading is not None:

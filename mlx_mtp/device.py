@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import mlx.core as mx
 
 WORKING_SPACE = 0.05  # of the device's memory: activations, logits, masks
+VECTOR_HEAD_DIM = 256  # the widest heads that Metal's vector attention kernel takes with a mask of ours
 MOST_LANES = 4
 
 
@@ -54,6 +55,16 @@ def widest_block(heads_per_kv_head: int) -> int | None:
     if not (is_gpu() and mx.metal.is_available()):
         return None
     return max(1, min(8, 32 // heads_per_kv_head))
+
+
+def release_unused() -> None:
+    """Gives back what a GPU's allocator keeps for arrays of the sizes it has met.
+
+    It reuses a buffer only for an array of nearly its size. Scores grow with the context, so theirs would never be met
+    again, and would be kept until they fill the device.
+    """
+    if is_gpu():
+        mx.clear_cache()
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""What a prompt may be in Python: text, or token ids, of Python's, NumPy's or MLX's kinds; or a list of such prompts."""
+"""What a prompt may be in Python: text, or token ids, of Python, NumPy or MLX; or a list of such prompts."""
 
 from __future__ import annotations
 

@@ -175,6 +175,13 @@ def test_an_unknown_setting_comes_with_the_one_that_was_meant(pair: Pair, settin
     assert (found and found[1]) == meant
 
 
+def test_what_an_engine_does_not_know_raises(pair: Pair) -> None:
+    with pytest.raises(RequestError, match=r"unknown engine setting 'rows'; expected one of .*max_rows"):
+        new_engine(pair, rows=2)
+    with pytest.raises(RequestError, match="sampling is None; expected a SamplingParams"):
+        new_request(pair, PROMPT, None)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("sampling", [{"temperature": 1.0}, [{"seed": 1}], "greedy", None, 0.7])
 def test_sampling_of_another_type_raises(pair: Pair, sampling: object) -> None:
     with pytest.raises(RequestError, match=r"sampling is .*; expected a SamplingParams, or a list with one for each"):
@@ -258,6 +265,10 @@ def test_none_is_no_drafter_by_either_spelling(draft_model: str | None) -> None:
 
 @pytest.mark.parametrize(("arguments", "message"), [
     ({"model": ""}, "the model's name is empty"), ({"draft_model": ""}, "the draft model's name is empty"),
+    ({"model": 123}, "the model is 123; expected a folder or a Hub name"),
+    ({"draft_model": False}, "the draft model is False; expected a folder"),
+    ({"max_context": "4096"}, "max_context is '4096'; expected at least 2"),
+    ({"max_context": 100.5}, r"max_context is 100\.5; expected at least 2"),
     ({"dtype": "float16"}, r"dtype is 'float16'; expected mx\.float32, mx\.float16 or mx\.bfloat16"),
     ({"dtype": mx.int8}, r"dtype is mlx\.core\.int8; expected mx\.float32"),
 ])

@@ -168,6 +168,14 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert shown.err.count("\n") == 1
 
 
+def test_the_report_does_not_take_the_place_of_the_prompts(
+    loaded: None, prompts_file: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--prompts-file", prompts_file, "--output", prompts_file]) == 2
+    assert "--output is the prompts file itself" in capsys.readouterr().err
+    assert Path(prompts_file).read_text() == PROMPTS
+
+
 @pytest.mark.parametrize(("line", "says"), [
     ('{"prompt": "Hi", "stop": ["."]}', "stop strings"),
     ('{"prompt": "Hi", "tokens": 3}', "has the key 'tokens'"),

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from support import ReplayDrafter, decode, golden_pair, new_cache, random_prompts
 
+from mlx_mtp import device
 from mlx_mtp.config import EngineConfig, SamplingParams
 from mlx_mtp.engine import engine as engine_module
 from mlx_mtp.engine.engine import Engine
@@ -246,3 +247,44 @@ def test_auto_gives_plain_decodings_text_and_keeps_to_the_longest_draft(most: in
     used = requests[0].rounds_by_length
     assert max(used) <= most
     assert most == 0 or (0 in used and len(used) > 1)
+
+
+def test_a_request_is_submitted_once() -> None:
+    target, drafter = golden_pair("edge")
+    engine = Engine(target, drafter, EngineConfig())
+    request = Request([2, 3, 4], SamplingParams(5), frozenset(), 4096)
+    engine.submit(request)
+    for _ in range(2):
+        with pytest.raises(RequestError, match="was submitted before"):
+            engine.submit(request)
+        while not engine.is_idle:
+            engine.step()
+    assert len(request.tokens) == 5
+
+
+def test_far_into_a_long_prompt_chunks_are_as_small_as_their_scores_need(monkeypatch: pytest.MonkeyPatch) -> None:
+    target, drafter = golden_pair("edge")
+    prompt = random_prompts(3, 1, 1500, 256)[0]
+    config = EngineConfig(prefill_chunk=256, prefix_tokens=0)
+    text = decode(target, drafter, [prompt], [SamplingParams(6)], prefill_chunk=256)[0].tokens
+
+    chunks, released = [], []
+    real = engine_module.prefill_chunk
+    monkeypatch.setattr(engine_module, "prefill_chunk",
+                        lambda target, state, tokens, valid: chunks.append(tokens.shape[1]) or real(
+                            target, state, tokens, valid))
+    monkeypatch.setattr(device, "release_unused", lambda: released.append(len(chunks)))
+    heads = target.config.text.num_heads
+    most = 256 * 512 * heads * 4
+    monkeypatch.setattr(device, "memory_bytes", lambda: 10**9)
+    monkeypatch.setattr(engine_module, "SCORES_SHARE", most / 10**9 / device.WORKING_SPACE)
+    request = Request(prompt, SamplingParams(6), frozenset(), 4096)
+    list(Engine(target, drafter, config).run([request]))
+    done = 0
+    for size in chunks[:-1]:
+        assert size * (done + size) * heads * 4 <= most
+        done += size
+    assert chunks[:3] == [256, 256, 128]
+    assert sum(chunks) == len(prompt)
+    assert released == list(range(1, len(chunks)))  # between chunks, since the next one's scores are larger
+    assert request.tokens == text

@@ -23,7 +23,7 @@ MOST_LINES, MOST_FUNCTION_LINES = 400, 60
 ORDER: tuple[frozenset[str], ...] = tuple(map(frozenset, (
     ["errors", "device", "channels"], ["config_json", "calibration"], ["config"], ["kv_span"], ["kv_cache", "models"],
     ["spec_decode"],
-    ["engine", "checkpoint", "tokenizer"], ["demo"], ["api"],
+    ["engine", "checkpoint", "tokenizer"], ["demo", "prompt"], ["api"],
     ["command", "prompts_file", "output_file", "progress"], ["batch"], ["generate"],
     ["chat", "check"], ["server"], ["__init__"],
 )))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 
 from mlx_mtp import MemoryBudgetError, MtpError, RequestError, SamplingParams, api
 from mlx_mtp.generate import main
-from mlx_mtp.prompts_file import Line, parse, told
+from mlx_mtp.prompts_file import Line, load, parse, told
 
 DEFAULTS = SamplingParams(9, 0.5, seed=3)
 CHAT = [{"role": "user", "content": "Hi"}]
@@ -58,6 +59,8 @@ BAD_LINES = [
     ({"prompt": "a", "stop": {"x": 1}}, "stop is"), ({"messages": []}, r"messages is \[\]; expected a list"),
     ({"messages": "Hi"}, "messages is 'Hi'"), ({"messages": ["Hi"]}, ROLE), ({"messages": [{"content": "Hi"}]}, ROLE),
     ({"messages": [*CHAT, {"role": "assistant"}]}, CONTENT),
+    ({"messages": [*CHAT, {"role": "assistant", "tool_calls": 5}]}, r"tool_calls of message \d are 5; expected a list"),
+    ({"messages": [*CHAT, {"role": "assistant", "tool_calls": [5]}]}, r"tool_calls of message \d are \[5\]; expected"),
     ({"messages": [*CHAT, {"role": "a", "content": 3}]}, CONTENT),
     ({"messages": [*CHAT, {"role": "a", "content": [{"type": "image"}]}]}, CONTENT),
 ]
@@ -142,3 +145,9 @@ def test_each_error_keeps_its_type_when_it_is_told_with_its_line() -> None:
             raise kind("no")
         assert type(raised.value) is kind
         assert str(raised.value) == "p.txt:3: no"
+
+
+def test_a_byte_order_mark_on_stdin_is_no_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO('\ufeff{"prompt": "Hi", "id": "q"}\n'))
+    line, = load("-", DEFAULTS)
+    assert (line.prompt, line.id, line.where) == ("Hi", "q", "stdin:1")

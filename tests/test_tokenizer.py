@@ -222,6 +222,31 @@ def test_what_no_utf_8_can_hold_is_a_request_error_that_shows_it(tokenizer: Toke
         tokenizer.encode_chat([{"role": "user", "content": text}])
 
 
+@pytest.mark.parametrize("template", ["{{ 1 / 0 }}", "{% for x in messages[0].role | int %}{% endfor %}"])
+def test_whatever_a_chat_template_raises_is_a_request_error(template: str, tmp_path: Path) -> None:
+    folder = copied(tmp_path / "x")
+    (folder / "chat_template.jinja").write_text(template)
+    with pytest.raises(RequestError, match="the chat template refuses this conversation"):
+        Tokenizer(folder).encode_chat([{"role": "user", "content": "Hi"}])
+
+
+def test_a_chat_template_that_is_none_is_the_checkpoints_fault(tmp_path: Path) -> None:
+    folder = copied(tmp_path / "x")
+    (folder / "chat_template.jinja").write_text("fine\n{% if %}")
+    with pytest.raises(CheckpointError, match=r"the chat template cannot be read .* line 2"):
+        Tokenizer(folder).encode_chat([{"role": "user", "content": "Hi"}])
+
+
+@pytest.mark.parametrize(("content", "says"), [
+    ([1], r"generation_config\.json is \[1\]; expected an object"),
+    ({"eos_token_id": "x"}, r"eos_token_id is \['x'\]; expected whole numbers"),
+    ({"eos_token_id": [1, 1.5]}, r"eos_token_id is \[1, 1\.5\]; expected whole numbers"),
+])
+def test_stop_tokens_that_are_none_are_named(content: object, says: str, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=says):
+        Tokenizer(copied(tmp_path / "x", generation_config=content))
+
+
 @pytest.mark.parametrize("broken", ["generation_config", "tokenizer"])
 def test_a_file_that_is_not_json_is_named(broken: str, tmp_path: Path) -> None:
     folder = copied(tmp_path / "x")

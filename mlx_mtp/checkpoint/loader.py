@@ -18,7 +18,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
-from mlx_mtp.checkpoint.weights import Part, strip_prefix, uses, written_name
+from mlx_mtp.checkpoint.weights import TIED, Part, strip_prefix, uses, written_name
 from mlx_mtp.config import DrafterConfig, QuantizationConfig, TargetConfig, TextConfig
 from mlx_mtp.device import is_gpu
 from mlx_mtp.errors import CheckpointError, ConfigError, PairError, RequestError
@@ -286,9 +286,12 @@ def check_weights(
 ) -> dict[str, mx.array]:
     """Quantizes the modules that are quantized on disk and compares every tensor; the model's own, still lazy.
 
-    Raises CheckpointError for a tensor that is missing, unexpected, misshapen or of an unusable type; ConfigError for
-    a quantization that is not mlx's.
+    Raises CheckpointError for a tensor that is missing, unexpected, misshapen or of an unusable type, and for a head
+    that is not the embedding; ConfigError for a quantization that is not mlx's.
     """
+    if part == "target" and raw.get("tie_word_embeddings") is False and weights.left_out[TIED]:
+        raise CheckpointError(f"{folder} has a head of its own (lm_head, and tie_word_embeddings is false), which is "
+                              "not supported: expected a checkpoint whose head is the embedding, as Gemma 4's is")
     _quantize_as_stored(model, weights.arrays.keys(), raw, part, folder)
     expected: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
     for path in expected:

@@ -21,11 +21,12 @@ WRITTEN_PREFIX: dict[Part, str] = {"target": "language_model.model.", "drafter":
 # The drafter's tensors outside its trunk have no prefix on disk.
 UNPREFIXED = ("pre_projection.", "post_projection.", "masked_embedding.")
 
+TIED = "tied to the embedding"
 # Tensors that the text path does not use: a pattern on the name without prefix, and why it is left out.
 DROPPED: tuple[tuple[str, str], ...] = (
     (r"(vision_tower|embed_vision|vision_embedder|multi_modal_projector)\.", "vision"),
     (r"(audio_tower|embed_audio)\.", "audio"),
-    (r"lm_head\.", "tied to the embedding"),
+    (r"lm_head\.", TIED),
     (r".*rotary_emb\.inv_freq$", "derived from the config"),
 )
 TOWERS = ("vision", "audio")  # the reasons above that `mlx_mtp.convert --keep-towers` overrules

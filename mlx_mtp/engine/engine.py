@@ -46,6 +46,9 @@ from mlx_mtp.spec_decode.sampler import Sampler
 Progress = Callable[[int, int], None]
 
 LEAST_WAIT = 0.2  # of a round's time, for the host to have waited for the device rather than the device for it
+SCORES_SHARE = 0.5  # of the working space, at most, for the scores of one layer and one chunk
+LEAST_CHUNK = 32  # tokens, which is still so many times faster than one at a time
+RELEASE_EVERY = 256  # rounds
 PREFIX_SHARE = 0.2  # of the memory beside the weights, at most, for prefixes that no row uses
 
 
@@ -89,6 +92,7 @@ class Engine:
         self._target, self._drafter, self._config = target, drafter, config
         self._draft_length = _draft_length(drafter, config, costs)
         cache_costs, prefix_bytes, memory = _budget(target, drafter, config)
+        self._most_scores = device.memory_bytes() * device.WORKING_SPACE * SCORES_SHARE
         self._prefixes = PrefixCache(target.config.text.window, prefix_bytes)
         self._scheduler = Scheduler(config, cache_costs, memory, self._prefixes.match)
         self._decoding: DecodeState | None = None
@@ -96,6 +100,7 @@ class Engine:
         self._flights: deque[_Flight] = deque()
         self._is_disturbed = True  # the device has other work than rounds before the next one
         self._landed_at = 0.0
+        self._launched = 0
         self._lock = threading.Lock()  # of the queue and of what follows
         self._live: dict[int, Request] = {}
         self._aborted: list[int] = []
@@ -250,7 +255,7 @@ class Engine:
         self._is_disturbed = True
         if self._prefilling is None:
             self._prefilling = self._begin(requests)
-        size = self._config.prefill_chunk
+        size = self._chunk_size(requests)
         pieces = [request.prompt[request.prefilled : request.prefilled + size] for request in requests]
         state, stage = prefill_chunk(self._target, self._prefilling, *padded(pieces))
         mx.async_eval(state.hidden, *state.cache.arrays)
@@ -262,8 +267,23 @@ class Engine:
         if self._decoding is None:
             mx.eval(state.hidden)  # no round is read that would keep the host from running ahead
         self._prefilling = state
-        if all(request.prefilled == len(request.prompt) for request in requests):
+        if any(request.prefilled < len(request.prompt) for request in requests):
+            device.release_unused()  # the next chunk's scores are larger
+        else:
             self._join(first_token(self._target, state))
+
+    def _chunk_size(self, requests: Sequence[Request]) -> int:
+        """Tokens of the next chunk: fewer far into a long prompt, where one layer's scores would fill a GPU's memory.
+
+        Metal has no kernel in MLX that attends from many positions with heads as wide as the full layers'.
+        """
+        size, text = self._config.prefill_chunk, self._target.config.text
+        if len(requests) > 1:
+            return size  # holds all of their prompts
+        bytes_each = text.num_heads * self._target.dtype.size
+        while size > LEAST_CHUNK and bytes_each * size * (requests[0].prefilled + size) > self._most_scores:
+            size //= 2
+        return size
 
     def _begin(self, requests: Sequence[Request]) -> DecodeState:
         text = self._target.config.text
@@ -308,6 +328,9 @@ class Engine:
         state, output = decode_round(self._target, self._drafter, self._decoding, num_draft_tokens)
         mx.async_eval(output.packed, state.last_token, state.hidden, state.cache.lengths)
         self._decoding = state
+        self._launched += 1
+        if self._launched % RELEASE_EVERY == 0:
+            device.release_unused()
         is_timed = bool(self._flights) and not self._is_disturbed
         self._flights.append(_Flight(output, tuple(rows), num_draft_tokens, is_timed))
         self._is_disturbed = False
