@@ -171,7 +171,7 @@ TABLE: dict[str, tuple[Arguments, str]] = {
                            r"X/config\.json: model_type 'llama' is not supported as a target; expected one of gemma4,"),
     "own head": (model(lambda f: with_weights(with_config(golden(f), top={"tie_word_embeddings": False}),
                                               lambda w: w.update({"lm_head.weight": -w[NORM]}))),
-                 r"X has a head of its own \(lm_head, .*\), which is not supported: expected a checkpoint whose head is"),
+                 r"X has a head of its own \(lm_head, .*\), which is not supported: expected a checkpoint whose"),
     "drafter as target": (model(lambda f: golden(f).with_name("X-assistant")),
                           r"'gemma4_assistant' .* \(this is a drafter: pass it as draft model\)"),
     "rope_type": (model(lambda f: with_config(golden(f), rope_parameters={"full_attention": {"rope_type": "yarn"}})),

@@ -42,9 +42,20 @@ def test_the_drafter_of_a_quantized_target_may_have_its_name_without_the_precisi
     assert drafter_names("me/gem-4bit") == [
         "me/gem-4bit-assistant", "me/gem-assistant", "me/gem-assistant-4bit", "me/gem-assistant-bf16"]
     assert drafter_names("me/gem") == ["me/gem-assistant", "me/gem-assistant-bf16"]
+    assert drafter_names("me/Gemma-4-X-UD-MLX-4bit")[1:] == [
+        "me/Gemma-4-X-assistant", "me/Gemma-4-X-assistant-UD-MLX-4bit", "me/Gemma-4-X-assistant-bf16",
+        "google/Gemma-4-X-assistant"]
+    assert drafter_names("gemma-4-X")[-1] == "gemma-4-X-assistant-bf16"  # a folder: nobody is asked
     found = ask(tmp_path, hub, "find_drafter('me/gem-4bit')", "find_drafter('me/other')")
     assert_is_copy(found[0], hub.repositories["me/gem-assistant"])
     assert found[1] is None
+
+
+def test_a_snapshot_in_the_hubs_cache_is_one_of_its_repository(tmp_path: Path, hub: FakeHub) -> None:
+    drafter, missing = ask(tmp_path, hub, "find_drafter(local_folder('me/gem'))",
+                           "find_drafter(local_folder('me/gem-assistant'))")
+    assert_is_copy(drafter, hub.repositories["me/gem-assistant"])
+    assert missing is None
 
 
 @pytest.mark.parametrize("name", ["", "  "])

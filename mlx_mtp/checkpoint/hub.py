@@ -15,7 +15,8 @@ from mlx_mtp.errors import CheckpointError
 
 WANTED_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
-PRECISION_SUFFIX = re.compile(r"[-_](\d+bit|bf16|fp16|mxfp4|mxfp8|nvfp4)$", re.IGNORECASE)
+HUB_SNAPSHOT = re.compile(r"/models--([\w.-]+--[\w.-]+)/snapshots/\w+$")  # a folder of the Hub's cache
+PRECISION_SUFFIX = re.compile(r"([-_]UD)?([-_]MLX)?[-_](\d+bit|bf16|fp16|mxfp4|mxfp8|nvfp4)$", re.IGNORECASE)
 
 
 class NotThereError(CheckpointError):
@@ -114,14 +115,19 @@ def first_line(error: Exception) -> str:
 def find_drafter(name: str | Path) -> Path | None:
     """The drafter that belongs to a target: `<name>-assistant`, beside the target's folder or on the Hub.
 
-    A precision in the target's name ("-4bit", "-bf16") may be missing in the drafter's, or be at its end instead.
+    A precision in the target's name ("-4bit", "-MLX-bf16") may be missing in the drafter's, or be at its end instead;
+    the last to be asked for is Google's own. A snapshot in the Hub's cache counts as what it is one of.
     None if there is no such. Raises CheckpointError if there is one that cannot be had (gated, broken off).
     """
     path = Path(os.path.expanduser(name))
     if os.path.isdir(path):
         folder = Path(os.path.abspath(path))  # not resolved: a link counts under its own name
         candidates = (folder.with_name(drafter) for drafter in drafter_names(folder.name))
-        return next((candidate for candidate in candidates if os.path.isdir(candidate)), None)
+        beside = next((candidate for candidate in candidates if os.path.isdir(candidate)), None)
+        cached = HUB_SNAPSHOT.search(folder.as_posix())
+        if beside is not None or cached is None:
+            return beside
+        name = cached[1].replace("--", "/", 1)
     for drafter in drafter_names(str(name)):
         try:
             return local_folder(drafter)
@@ -133,9 +139,12 @@ def find_drafter(name: str | Path) -> Path | None:
 def drafter_names(name: str) -> list[str]:
     """What the drafter of the target `name` may be called, the likeliest first.
 
-    "X-4bit" -> X-4bit-assistant, X-assistant, X-assistant-4bit, X-assistant-bf16.
+    "a/gemma-4-X-4bit" -> a/gemma-4-X-4bit-assistant, a/gemma-4-X-assistant, a/gemma-4-X-assistant-4bit,
+    a/gemma-4-X-assistant-bf16, google/gemma-4-X-assistant.
     """
     stem = PRECISION_SUFFIX.sub("", name)
+    owner, _, model = stem.rpartition("/")
+    own = [f"google/{model}-assistant"] if owner and model.lower().startswith("gemma-4-") else []
     return list(dict.fromkeys([
-        f"{name}-assistant", f"{stem}-assistant", f"{stem}-assistant{name[len(stem):]}", f"{stem}-assistant-bf16",
+        f"{name}-assistant", f"{stem}-assistant", f"{stem}-assistant{name[len(stem):]}", f"{stem}-assistant-bf16", *own,
     ]))
