@@ -17,7 +17,7 @@ from mlx.utils import tree_flatten
 from mlx_mtp import demo, device
 from mlx_mtp.calibration import CalibrationFile, default_path, machine
 from mlx_mtp.checkpoint import memory
-from mlx_mtp.checkpoint.hub import find_drafter, local_folder
+from mlx_mtp.checkpoint.hub import find_drafter, local_folder, published_drafter
 from mlx_mtp.checkpoint.loader import (
     check_draft_bits,
     check_pair,
@@ -106,7 +106,8 @@ def load(
     """Loads a target and its drafter.
 
     model: a checkpoint folder or a Hub name; None is the small pair that comes with the package.
-    draft_model: likewise; "auto" looks for `<model>-assistant` beside the folder or on the Hub; "none" or None: none.
+    draft_model: likewise; "auto" looks for `<model>-assistant` beside the folder or on the Hub, then for Google's own;
+    "none" or None: none.
     draft_bits: quantizes the drafter while loading. max_context: tokens to plan memory for, and the limit of prompt
     and answer together; None is the model's own limit. dtype: of the weights; None is float32 on CPU, else the
     checkpoint's own. before_reading is handed the pair while no weight is read yet, to raise early (see `check`).
@@ -158,7 +159,7 @@ def _draft_folder(model: str | Path, draft_model: str | Path | None, notes: list
         return None
     if draft_model != AUTO:
         return local_folder(draft_model)
-    found = find_drafter(model)
+    found = find_drafter(model) or published_drafter(model)
     if found is None:
         notes.append(f"no drafter found for {model}: decoding without one (--draft-model names one)")
     return found
@@ -286,7 +287,7 @@ def stream_requests(
 def score(pair: Pair, tokens: Prompt, *, chunk: int = 512) -> mx.array:
     """The target's logits for every position of `tokens`: [L, V] float32, row i scoring what follows token i.
 
-    tokens: ids, or text, which is encoded as a prompt is. chunk: tokens a pass.
+    tokens: ids, or text, which is encoded as a prompt is. chunk: tokens a pass; smaller ones need less memory.
     Raises RequestError for what is no prompt, for more tokens than `pair.max_context` and for a chunk below 1.
     """
     ids = tokens_of(tokens, pair.tokenizer, pair.target.config.text.vocab_size)
@@ -303,6 +304,7 @@ def score(pair: Pair, tokens: Prompt, *, chunk: int = 512) -> mx.array:
         cache.commit(count, piece.shape[1])
         rows.append(pair.target.logits(hidden)[0].astype(mx.float32))
         mx.eval(rows[-1], *cache.arrays)
+        device.release_unused()
     return mx.concatenate(rows)
 
 

@@ -23,6 +23,8 @@ from mlx_mtp.output_file import OutputFile
 from mlx_mtp.progress import Progress
 from mlx_mtp.prompts_file import Line, told
 
+TELLING_ROUNDS = 4  # of an answer; the speed of fewer is more chance than speed
+
 
 @dataclass(frozen=True)
 class Job:
@@ -147,11 +149,12 @@ def summary(result: Result) -> str:
     """A completion's sizes and speeds, and what the drafter gave, in one line."""
     stats = result.stats
     drafts = ""
+    speed = f", {stats.generation_tps:.1f} tok/s" if stats.rounds >= TELLING_ROUNDS else ""
     if stats.drafted:
         drafts = (f"; accepted {stats.accepted} of {stats.drafted} drafts, {stats.mean_acceptance_length:.2f} tokens a "
                   "round")
     return (f"[prompt {stats.prompt_tokens} tokens, {stats.prompt_tps:.0f} tok/s; answer {stats.generation_tokens} "
-            f"tokens, {stats.generation_tps:.1f} tok/s; finished: {result.finish_reason}{drafts}; peak memory "
+            f"tokens{speed}; finished: {result.finish_reason}{drafts}; peak memory "
             f"{stats.peak_memory:.2f} GB]")
 
 

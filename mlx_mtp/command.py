@@ -7,6 +7,7 @@ import io
 import os
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -44,9 +45,12 @@ def guarded(run: Callable[[], int], when_interrupted: str = "interrupted") -> in
         _discard_stdout()
         return BROKEN_PIPE
     except OSError as error:
-        where = error.filename or "what should go to stdout cannot be written"
+        where = error.filename or "a standard stream cannot be read or written"
         print(f"error: {where}: {error.strerror or error}; mend that and run the command again", file=sys.stderr)
-        _discard_stdout()
+        try:
+            sys.stdout.flush()
+        except OSError:
+            _discard_stdout()
         return USER_ERROR
     except KeyboardInterrupt:
         print(f"\n{when_interrupted}", file=sys.stderr)
@@ -57,12 +61,13 @@ def _open_missing_streams() -> None:
     """Nowhere, for a standard stream that was closed (cron, `<&-`): else the next file opened would take its number."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
-            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode))
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode, errors="backslashreplace"))
 
 
 def _discard_stdout() -> None:
     """Nothing more can be written there, not even what is flushed at exit."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    with suppress(io.UnsupportedOperation):  # no file, where a caller has put something else in its place
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def check_output(path: Path, prompts_file: str | None) -> None:

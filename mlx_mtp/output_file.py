@@ -93,8 +93,8 @@ def _may_begin(line: bytes, index: int) -> bool:
     """Whether this can be the beginning of our line of that index, and not the end of somebody's notes."""
     begin = b'{"index": %d, ' % index
     try:
-        return "fingerprint" in json.loads(line)  # whole but for its end
-    except (ValueError, TypeError, RecursionError):
+        return line.startswith(begin) and "fingerprint" in json.loads(line)  # whole but for its end
+    except (ValueError, RecursionError):
         return line.startswith(begin) or begin.startswith(line)
 
 

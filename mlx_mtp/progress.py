@@ -16,7 +16,7 @@ class Progress:
     """What is being done, how far it is, and how long it will take."""
 
     def __init__(self, is_wanted: bool) -> None:
-        self._is_wanted = is_wanted and sys.stderr.isatty()
+        self._is_wanted = is_wanted and sys.stderr is not None and sys.stderr.isatty()  # None where it was closed
         self._bar: Bar | None = None
         self._drawn = 0.0
 

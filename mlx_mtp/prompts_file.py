@@ -137,7 +137,7 @@ def _conversation(messages: object) -> Sequence[Mapping[str, Any]]:
     for number, message in enumerate(messages, 1):
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise RequestError(f"message {number} is {reprlib.repr(message)}; expected an object with role and content")
-        content, calls = message.get("content"), message.get("tool_calls", [])
+        content, calls = message.get("content"), message.get("tool_calls") or []
         if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
             raise RequestError(f"tool_calls of message {number} are {reprlib.repr(calls)}; expected a list of objects")
         parts = content if isinstance(content, list) else [{"type": "text", "text": content}]

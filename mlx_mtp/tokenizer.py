@@ -155,12 +155,13 @@ def _stop_tokens(folder: Path) -> list[int] | None:
             raw = json.loads((folder / name).read_text(encoding="utf-8"))
         except FileNotFoundError:
             continue
-        except ValueError as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise CheckpointError(f"{folder / name} cannot be read as JSON: {error}") from error
         if not isinstance(raw, dict):
             raise CheckpointError(f"{folder / name} is {reprlib.repr(raw)}; expected an object: copy the file from the "
                                   "original checkpoint")
-        ids = raw.get("eos_token_id") or raw.get("text_config", {}).get("eos_token_id")
+        text = raw.get("text_config")
+        ids = raw.get("eos_token_id") or (text.get("eos_token_id") if isinstance(text, dict) else None)
         if ids is None:
             continue
         ids = ids if isinstance(ids, list) else [ids]

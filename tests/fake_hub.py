@@ -240,7 +240,7 @@ def ask(tmp_path: Path, hub: FakeHub, *expressions: str, prepare: str = "", **se
         "import json, sys, time\n"
         "time.sleep = lambda seconds: None  # between the client's attempts\n"
         "from pathlib import Path\n"
-        "from mlx_mtp.checkpoint.hub import find_drafter, local_folder\n"
+        "from mlx_mtp.checkpoint.hub import find_drafter, local_folder, published_drafter\n"
         "from mlx_mtp.errors import CheckpointError\n"
         f"{prepare}\n"
         "answers = []\n"

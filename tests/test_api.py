@@ -317,3 +317,16 @@ def test_a_result_says_what_plain_decoding_would_have_taken_once_a_round_of_it_w
     assert isinstance(measured, Result)
     assert measured.stats.plain_seconds is not None
     assert 0 < measured.stats.plain_seconds < 60
+
+
+def test_a_cliff_is_feared_only_of_layers_that_metals_vector_kernel_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = mlx_mtp.load(draft_model=None).target.config.text
+    narrow = min(layer.head_dim for layer in text.layers)
+    shares = {layer.head_dim: text.num_heads // layer.num_kv_heads for layer in text.layers}
+    assert len(shares) == 2
+    asked: list[int] = []
+    monkeypatch.setattr(device, "widest_block", lambda heads: asked.append(heads))
+    for most in (narrow, max(shares), narrow - 1):
+        monkeypatch.setattr(device, "VECTOR_HEAD_DIM", most)
+        mlx_mtp.load(draft_model=None)
+    assert asked == [shares[narrow], max(shares.values())]

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from chat_support import Recorder, ToldEngine, model_with_template, new_chat, new_session
 
 import mlx_mtp
-from mlx_mtp import SamplingParams, api, device
+from mlx_mtp import RequestError, SamplingParams, api, device
 from mlx_mtp.channels import Part
+from mlx_mtp.chat.__main__ import main
 from mlx_mtp.chat.conversation import Conversation
 from mlx_mtp.chat.session import Session
 from mlx_mtp.chat.settings import Settings
@@ -216,3 +219,18 @@ def test_a_context_that_the_device_cannot_hold_is_not_promised(
     assert 2 < held < 4096
     monkeypatch.undo()
     session.use(3)
+
+
+def test_flags_reach_the_loading(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, Any] = {}
+
+    def load(*_: object, **settings: Any) -> api.Pair:
+        given.update(settings)
+        raise RequestError("enough")
+
+    monkeypatch.setattr(api, "load", load)
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    assert main(["--model", "X", "--draft-bits", "4", "--max-context", "512", "--no-calibration", "--no-kernels"]) == 2
+    del given["before_reading"]
+    assert given == {"model": "X", "draft_model": api.AUTO, "draft_bits": 4, "max_context": 512, "calibrate": False,
+                     "kernels": False}

@@ -12,8 +12,10 @@ import pytest
 from rich.console import Console
 
 import mlx_mtp
-from mlx_mtp import api
+from mlx_mtp import RequestError, api
+from mlx_mtp.check import loading
 from mlx_mtp.check.__main__ import main, parser
+from mlx_mtp.check.report import Report
 from mlx_mtp.check.settings import QUICK, CheckConfig
 
 SMALL = ["--rows", "2", "--num-draft-tokens", "2", "--max-tokens", "8"]
@@ -166,6 +168,32 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert shown.err.startswith("error: ")
     assert says in shown.err
     assert shown.err.count("\n") == 1
+
+
+def test_flags_reach_the_loading(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, Any] = {}
+
+    def load(*_: object, **settings: Any) -> api.Pair:
+        given.update(settings)
+        raise RequestError("enough")
+
+    monkeypatch.setattr(loading, "load", load)
+    assert main(["--draft-bits", "4", "--max-context", "512", "--no-kernels", "--no-calibration"]) == 2
+    del given["before_reading"]
+    assert given == {"draft_bits": 4, "max_context": 512, "kernels": False, "calibrate": False}
+
+
+def test_the_report_is_written_though_nobody_reads_the_table(
+    loaded: None, prompts_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def show(*_: object) -> None:
+        raise BrokenPipeError
+
+    monkeypatch.setattr(Report, "show", show)
+    monkeypatch.setattr("mlx_mtp.command._discard_stdout", lambda: None)
+    output = tmp_path / "report.json"
+    assert main(["--prompts-file", prompts_file, "--output", str(output), *SMALL]) == 141
+    assert json.loads(output.read_text())["verdict"]
 
 
 def test_the_report_does_not_take_the_place_of_the_prompts(

@@ -288,3 +288,14 @@ def test_far_into_a_long_prompt_chunks_are_as_small_as_their_scores_need(monkeyp
     assert sum(chunks) == len(prompt)
     assert released == list(range(1, len(chunks)))  # between chunks, since the next one's scores are larger
     assert request.tokens == text
+
+
+def test_unused_buffers_are_given_back_now_and_then_while_rounds_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    target, drafter = golden_pair("edge")
+    released = []
+    monkeypatch.setattr(device, "release_unused", lambda: released.append(1))
+    monkeypatch.setattr(engine_module, "RELEASE_EVERY", 3)
+    request = Request([2, 3, 4], SamplingParams(12), frozenset(), 4096)
+    list(Engine(target, drafter, EngineConfig(num_draft_tokens=0)).run([request]))
+    assert request.rounds == 11
+    assert len(released) == 11 // 3

@@ -91,6 +91,11 @@ def test_stdout_holds_the_text_and_nothing_else(pair: api.Pair, capsys: pytest.C
     assert "tok/s" in err
 
 
+def test_the_speed_of_a_few_rounds_is_not_told(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["-p", "Hello", "-m", "2"]) == 0
+    assert "answer 2 tokens; finished: length" in capsys.readouterr().err
+
+
 def test_not_verbose_is_silent_on_stderr(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["-p", "Hello", "-p", "Bye", "--verbose", "F", *SHORT]) == 0
     assert capsys.readouterr().err == ""

@@ -42,20 +42,24 @@ def test_the_drafter_of_a_quantized_target_may_have_its_name_without_the_precisi
     assert drafter_names("me/gem-4bit") == [
         "me/gem-4bit-assistant", "me/gem-assistant", "me/gem-assistant-4bit", "me/gem-assistant-bf16"]
     assert drafter_names("me/gem") == ["me/gem-assistant", "me/gem-assistant-bf16"]
-    assert drafter_names("me/Gemma-4-X-UD-MLX-4bit")[1:] == [
-        "me/Gemma-4-X-assistant", "me/Gemma-4-X-assistant-UD-MLX-4bit", "me/Gemma-4-X-assistant-bf16",
-        "google/Gemma-4-X-assistant"]
-    assert drafter_names("gemma-4-X")[-1] == "gemma-4-X-assistant-bf16"  # a folder: nobody is asked
+    assert drafter_names("me/X-UD-MLX-4bit")[1:] == [
+        "me/X-assistant", "me/X-assistant-UD-MLX-4bit", "me/X-assistant-bf16"]
     found = ask(tmp_path, hub, "find_drafter('me/gem-4bit')", "find_drafter('me/other')")
     assert_is_copy(found[0], hub.repositories["me/gem-assistant"])
     assert found[1] is None
 
 
-def test_a_snapshot_in_the_hubs_cache_is_one_of_its_repository(tmp_path: Path, hub: FakeHub) -> None:
-    drafter, missing = ask(tmp_path, hub, "find_drafter(local_folder('me/gem'))",
-                           "find_drafter(local_folder('me/gem-assistant'))")
-    assert_is_copy(drafter, hub.repositories["me/gem-assistant"])
-    assert missing is None
+def test_a_snapshot_in_the_hubs_cache_has_its_repositorys_drafter_and_a_conversion_googles(
+    tmp_path: Path, hub: FakeHub
+) -> None:
+    hub.repositories["google/gemma-4-X-assistant"] = hub.repositories["me/gem-assistant"]
+    hub.refusals["google/gemma-4-Y-assistant"] = (403, "GatedRepo")
+    names = ("local_folder('me/gem')", "'you/Gemma-4-X-MLX-4bit'", "'you/gemma-4-Y'", "'me/gem-4bit'",
+             "local_folder('me/gem-assistant')")
+    found = ask(tmp_path, hub, *(f"published_drafter({name})" for name in names))
+    for drafter in found[:2]:
+        assert_is_copy(drafter, hub.repositories["me/gem-assistant"])
+    assert found[2:] == [None] * 3
 
 
 @pytest.mark.parametrize("name", ["", "  "])

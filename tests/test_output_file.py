@@ -44,7 +44,8 @@ def test_a_torn_last_line_is_cut_off(torn: str, tmp_path: Path) -> None:
 
 
 OTHERS = ["my notes", "my notes\nmore\n", "{}\n", '{"index": 0}\n', '{"index": 1, "te', "[" * 100_000, "\0\0", "1\n",
-          "\n", '{"index": 0, "precious": "mine"}', answers(answer(1)), *(answers(answer(0) | changed) for changed in (
+          "\n", '{"index": 0, "precious": "mine"}', '{"host": "x", "fingerprint": "y"}', '["fingerprint"]',
+          answers(answer(1)), *(answers(answer(0) | changed) for changed in (
               {"index": 1}, {"fingerprint": "xx"}, {"fingerprint": None}, {"finish_reason": "interrupted"},
               {"finish_reason": None}))]
 

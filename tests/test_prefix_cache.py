@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import mlx.core as mx
 import pytest
 
-from mlx_mtp.engine.prefix_cache import MIN_REUSE, PrefixCache
+from mlx_mtp.engine.prefix_cache import MIN_REUSE, PrefixCache, _Node
 from mlx_mtp.kv_span import Span
 
 WINDOW = 40
@@ -122,3 +122,10 @@ def test_what_does_not_fit_or_does_not_follow_is_not_kept() -> None:
     cache.insert(text, span_of(text, 0, 100))
     cache.insert(text, span_of(text, 0, 100))
     assert cache.nbytes == 100 * TOKEN_BYTES
+
+
+def test_a_prompt_of_a_thousand_chunks_is_kept_without_recursion() -> None:
+    node = root = _Node((), None, None)
+    for token in range(3000):
+        node.children[token] = node = _Node((token,), None, node)
+    assert sum(1 for _ in root.below()) == 3000

@@ -3,10 +3,10 @@
 Prompts are decoded by the engine, greedy and sampled, for several numbers of rows and drafts; then each token of each
 text is judged by plain decoding (see `replay`). The verdict and its table go to stdout, everything else to stderr.
 
-Exit codes: 0 the promise holds; 1 it is broken, or no draft was rejected, which proves nothing; 2 bad input; 130 after
-Ctrl-C. It compares paths of this package with its own plain decoding. Whether that computes Gemma 4 is another
-question, which the tests ask of transformers. Nothing is taken from earlier runs but which way through a mixture's
-experts is the fastest here, for that is the one to be checked (see `loading`).
+Exit codes: 0 the promise holds; 1 it is broken, or no draft was rejected, which proves nothing; 2 bad input, or a disk
+that is full; 130 after Ctrl-C; 141 without a reader. It compares paths of this package with its own plain decoding.
+Whether that computes Gemma 4 is another question, which the tests ask of transformers. Nothing is taken from earlier
+runs but which way through a mixture's experts is the fastest here, for that is the one to be checked (see `loading`).
 
 The report that --output writes is one JSON object:
 
@@ -126,9 +126,11 @@ def _run(args: argparse.Namespace, progress: Progress) -> int:
     progress.clear()
     for note in notes:
         print(note, file=sys.stderr)
-    report.show(console_for_stdout())
-    if args.output is not None:
-        write_whole(args.output, json.dumps(report.as_json(), indent=1, allow_nan=False) + "\n")
+    try:
+        report.show(console_for_stdout())
+    finally:  # a reader that is gone, or a full disk behind stdout, must not cost the report
+        if args.output is not None:
+            write_whole(args.output, json.dumps(report.as_json(), indent=1, allow_nan=False) + "\n")
     return 0 if report.verdict == "holds" else NOT_SHOWN_TO_HOLD
 
 

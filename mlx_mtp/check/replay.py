@@ -20,6 +20,7 @@ import numpy as np
 
 from mlx_mtp.check.margins import least_change
 from mlx_mtp.config import EngineConfig, SamplingParams
+from mlx_mtp.device import release_unused
 from mlx_mtp.engine.request import FinishReason, Request
 from mlx_mtp.kv_cache import KVCache, layer_shapes
 from mlx_mtp.models.target import Target
@@ -134,6 +135,7 @@ def _plain_passes(target: Target, text: Text) -> Iterator[mx.array]:
         piece = text.prompt[start : start + settings.prefill_chunk]
         state, _ = prefill_chunk(target, state, *padded([piece]))
         mx.eval(state.hidden, *cache.arrays)
+        release_unused()
     yield target.logits(state.hidden)[:, None]
     for token in text.tokens:
         hidden = target(mx.array([[token]], mx.int32), cache.stage(1))

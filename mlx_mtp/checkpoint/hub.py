@@ -8,7 +8,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from mlx_mtp.errors import CheckpointError
@@ -115,19 +115,14 @@ def first_line(error: Exception) -> str:
 def find_drafter(name: str | Path) -> Path | None:
     """The drafter that belongs to a target: `<name>-assistant`, beside the target's folder or on the Hub.
 
-    A precision in the target's name ("-4bit", "-MLX-bf16") may be missing in the drafter's, or be at its end instead;
-    the last to be asked for is Google's own. A snapshot in the Hub's cache counts as what it is one of.
+    A precision in the target's name ("-4bit", "-MLX-bf16") may be missing in the drafter's, or be at its end instead.
     None if there is no such. Raises CheckpointError if there is one that cannot be had (gated, broken off).
     """
     path = Path(os.path.expanduser(name))
     if os.path.isdir(path):
         folder = Path(os.path.abspath(path))  # not resolved: a link counts under its own name
         candidates = (folder.with_name(drafter) for drafter in drafter_names(folder.name))
-        beside = next((candidate for candidate in candidates if os.path.isdir(candidate)), None)
-        cached = HUB_SNAPSHOT.search(folder.as_posix())
-        if beside is not None or cached is None:
-            return beside
-        name = cached[1].replace("--", "/", 1)
+        return next((candidate for candidate in candidates if os.path.isdir(candidate)), None)
     for drafter in drafter_names(str(name)):
         try:
             return local_folder(drafter)
@@ -136,15 +131,36 @@ def find_drafter(name: str | Path) -> Path | None:
     return None
 
 
+def published_drafter(name: str | Path) -> Path | None:
+    """A likely drafter for a target that `find_drafter` finds none for; whether it fits is for the caller to check.
+
+    For a snapshot in the Hub's cache it is that of its repository, for anybody's conversion of Gemma 4 Google's own.
+    None if there is no such, or if it cannot be had: nobody has asked for it by name.
+    """
+    path = Path(os.path.expanduser(name))
+    if os.path.isdir(path):
+        cached = HUB_SNAPSHOT.search(Path(os.path.abspath(path)).as_posix())
+        if cached is None:
+            return None
+        repository = cached[1].replace("--", "/", 1)
+        names = drafter_names(repository)
+    else:
+        repository, names = str(name), []
+    model = PRECISION_SUFFIX.sub("", repository).rpartition("/")[2]
+    if model.lower().startswith("gemma-4-"):
+        names.append(f"google/gemma-4-{model[len('gemma-4-'):]}-assistant")
+    for drafter in names:
+        with suppress(CheckpointError):
+            return local_folder(drafter)
+    return None
+
+
 def drafter_names(name: str) -> list[str]:
     """What the drafter of the target `name` may be called, the likeliest first.
 
-    "a/gemma-4-X-4bit" -> a/gemma-4-X-4bit-assistant, a/gemma-4-X-assistant, a/gemma-4-X-assistant-4bit,
-    a/gemma-4-X-assistant-bf16, google/gemma-4-X-assistant.
+    "X-4bit" -> X-4bit-assistant, X-assistant, X-assistant-4bit, X-assistant-bf16.
     """
     stem = PRECISION_SUFFIX.sub("", name)
-    owner, _, model = stem.rpartition("/")
-    own = [f"google/{model}-assistant"] if owner and model.lower().startswith("gemma-4-") else []
     return list(dict.fromkeys([
-        f"{name}-assistant", f"{stem}-assistant", f"{stem}-assistant{name[len(stem):]}", f"{stem}-assistant-bf16", *own,
+        f"{name}-assistant", f"{stem}-assistant", f"{stem}-assistant{name[len(stem):]}", f"{stem}-assistant-bf16",
     ]))

@@ -273,7 +273,7 @@ class Engine:
             self._join(first_token(self._target, state))
 
     def _chunk_size(self, requests: Sequence[Request]) -> int:
-        """Tokens of the next chunk: fewer far into a long prompt, where one layer's scores would fill a GPU's memory.
+        """Tokens of the next chunk: fewer far into a long prompt, where one layer's scores would fill the memory.
 
         Metal has no kernel in MLX that attends from many positions with heads as wide as the full layers'.
         """
@@ -282,7 +282,7 @@ class Engine:
             return size  # holds all of their prompts
         bytes_each = text.num_heads * self._target.dtype.size
         while size > LEAST_CHUNK and bytes_each * size * (requests[0].prefilled + size) > self._most_scores:
-            size //= 2
+            size = max(size // 2, LEAST_CHUNK)
         return size
 
     def _begin(self, requests: Sequence[Request]) -> DecodeState:

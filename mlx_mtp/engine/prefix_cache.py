@@ -33,9 +33,11 @@ class _Node:
         return 0 if self.span is None else self.span.stop
 
     def below(self) -> Iterator[_Node]:
-        for child in self.children.values():
-            yield child
-            yield from child.below()
+        waiting = [*self.children.values()]  # no recursion: a long prompt is a chain of a thousand nodes
+        while waiting:
+            node = waiting.pop()
+            yield node
+            waiting += node.children.values()
 
 
 class PrefixCache:
@@ -85,11 +87,9 @@ class PrefixCache:
         """The deepest node that `tokens` reach, and how many of them it and those above it spell."""
         node, matched = self._root, 0
         while matched < len(tokens) and (child := node.children.get(tokens[matched])) is not None:
-            common = 0
-            for ours, theirs in zip(child.tokens, tokens[matched:], strict=False):
-                if ours != theirs:
-                    break
-                common += 1
+            piece = tokens[matched : matched + len(child.tokens)]
+            pairs = enumerate(zip(child.tokens, piece, strict=False))
+            common = next((i for i, (ours, theirs) in pairs if ours != theirs), len(piece))
             node, matched = child, matched + common
             if common < len(child.tokens):
                 break

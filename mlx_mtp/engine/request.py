@@ -24,7 +24,8 @@ class RequestStats:
     comes after a stop does not count). accepted_at[i]: rounds in which at least i + 1 drafts did. rounds_by_length: of
     the rounds, how many proposed K drafts, by K.
     mean_acceptance_length: tokens a round, 1 + accepted / rounds. prompt_tps, generation_tps: tokens/s of the
-    prefill (what was reused not counted) and of decoding after the first token. ttft: seconds from submission to the
+    prefill (what was reused not counted) and of decoding after the first token; of a few rounds that says little, since
+    a CPU's first token may be read when the next round is nearly done. ttft: seconds from submission to the
     first token. plain_seconds: what its rounds would have taken without drafts, by the rounds of K = 0 that were
     measured; None if none was. peak_memory: GB that MLX held at most since the generation began.
     """

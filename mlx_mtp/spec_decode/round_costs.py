@@ -110,7 +110,7 @@ class RoundCosts:
         return (rows, num_draft_tokens) in self._begun
 
     def timings(self, rows: int) -> int:
-        """How many rounds of this width were timed."""
+        """How many rounds of this width were timed, as far as was learned from them."""
         return self._widths[rows].times.total() if rows in self._widths else 0
 
     def seconds(self, rows: int, longest: int) -> list[float]:
@@ -124,6 +124,7 @@ class RoundCosts:
 
     def to_json(self) -> dict[str, dict[str, float]]:
         """Rows -> K -> seconds, of what is well timed."""
+        self._learn(self._last[1])
         return {str(rows): {str(k): seconds for k, seconds in width.known.items() if width.times[k] >= WELL_TIMED}
                 for rows, width in self._widths.items()}
 
