@@ -29,7 +29,7 @@ from mlx_mtp.checkpoint.loader import (
 from mlx_mtp.config import EngineConfig, SamplingParams
 from mlx_mtp.engine.engine import Engine
 from mlx_mtp.engine.request import FinishReason, Request, RequestStats
-from mlx_mtp.errors import RequestError
+from mlx_mtp.errors import PairError, RequestError
 from mlx_mtp.kv_cache import KVCache, layer_shapes
 from mlx_mtp.models.drafter import Drafter
 from mlx_mtp.models.expert_calibration import choose_dispatch
@@ -130,10 +130,7 @@ def load(
     if left_out:
         notes.append("left out: " + ", ".join(f"{count} tensors ({why})" for why, count in sorted(left_out.items())))
 
-    draft_folder = _draft_folder(model, draft_model, notes)
-    drafter = None if draft_folder is None else load_drafter(draft_folder, target.dtype, draft_bits)
-    if drafter is not None:
-        check_pair(target.config, drafter.config, f"{folder}", f"{draft_folder}")
+    draft_folder, drafter = _drafter(model, draft_model, target, draft_bits, notes)
     text = target.config.text
     context = min(max_context or text.max_context, text.max_context)
     planned = min(context, max_context or PLANNED_CONTEXT)
@@ -154,15 +151,27 @@ def load(
     return pair
 
 
-def _draft_folder(model: str | Path, draft_model: str | Path | None, notes: list[str]) -> Path | None:
+def _drafter(
+    model: str | Path, draft_model: str | Path | None, target: Target, bits: int | None, notes: list[str]
+) -> tuple[Path | None, Drafter | None]:
+    """The drafter that was asked for and its folder, its weights still lazy; what nobody named has to fit to be it."""
     if draft_model in (None, NO_DRAFTER):
-        return None
-    if draft_model != AUTO:
-        return local_folder(draft_model)
-    found = find_drafter(model) or published_drafter(model)
-    if found is None:
-        notes.append(f"no drafter found for {model}: decoding without one (--draft-model names one)")
-    return found
+        return None, None
+    folder = find_drafter(model) if draft_model == AUTO else local_folder(draft_model)
+    guess = published_drafter(model) if folder is None else None
+    for found in (folder, guess):
+        if found is None:
+            continue
+        drafter = load_drafter(found, target.dtype, bits)
+        try:
+            check_pair(target.config, drafter.config, f"{model}", f"{found}")
+        except PairError:
+            if found is folder:
+                raise
+        else:
+            return found, drafter
+    notes.append(f"no drafter found for {model}: decoding without one (--draft-model names one)")
+    return None, None
 
 
 def remember(pair: Pair) -> None:

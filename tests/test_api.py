@@ -12,7 +12,7 @@ from mlx.utils import tree_flatten
 from support import KINDS, golden, golden_pair, relative_error
 
 import mlx_mtp
-from mlx_mtp import MemoryBudgetError, Pair, RequestError, Result, SamplingParams, demo, device
+from mlx_mtp import MemoryBudgetError, Pair, PairError, RequestError, Result, SamplingParams, api, demo, device
 from mlx_mtp.api import check, new_engine, new_request, stream_requests
 from mlx_mtp.engine.request import Request
 from mlx_mtp.tokenizer import Tokenizer
@@ -330,3 +330,15 @@ def test_a_cliff_is_feared_only_of_layers_that_metals_vector_kernel_takes(monkey
         monkeypatch.setattr(device, "VECTOR_HEAD_DIM", most)
         mlx_mtp.load(draft_model=None)
     assert asked == [shares[narrow], max(shares.values())]
+
+
+def test_a_drafter_that_nobody_named_is_taken_only_if_it_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    edge, mixture = (demo.TARGET.with_name(f"{name}-assistant") for name in ("edge", "mixture"))
+    monkeypatch.setattr(api, "find_drafter", lambda model: None)
+    for guess, fits in ((edge, True), (mixture, False)):
+        monkeypatch.setattr(api, "published_drafter", lambda model, guess=guess: guess)
+        pair = mlx_mtp.load(demo.TARGET)
+        assert (pair.drafter is not None) == fits
+        assert any("no drafter found" in note for note in pair.notes) != fits
+    with pytest.raises(PairError):
+        mlx_mtp.load(demo.TARGET, draft_model=mixture)
