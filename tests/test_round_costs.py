@@ -254,3 +254,9 @@ def test_costs_survive_being_written_and_read_and_nonsense_in_their_place() -> N
     assert seconds_of(again, 4, 3)[[0, 3]] == pytest.approx([1.0, 2.0], rel=0.05)  # no timing of it was fit to keep
     timed(again, 3, 20.0, rows=2)  # the machine is slower today
     assert seconds_of(again, 2, 3)[[0, 3]] == pytest.approx([10.0, 20.0], rel=0.05)
+
+
+def test_a_single_long_run_is_kept() -> None:
+    costs = RoundCosts()
+    timed(costs, 4, *[2.0] * 8)  # of these, two were learned from when they came
+    assert costs.to_json()["1"] == {"4": pytest.approx(2.0, rel=0.02)}
