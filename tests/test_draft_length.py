@@ -103,7 +103,7 @@ def test_after_64_rounds_it_is_hardly_slower_than_the_best_fixed_k(cost: str, ro
 @pytest.mark.parametrize("cost", COSTS)
 def test_a_request_of_256_tokens_that_starts_cold_loses_little(cost: str, acceptance: float) -> None:
     shares = []
-    for seed in range(12):
+    for seed in range(100):
         simulated = machine(cost, 1, seed)
         while sum(tokens(acceptance, k) for k in simulated.chosen) < 256:
             simulated.round(acceptance)
@@ -194,6 +194,46 @@ def test_a_host_that_reads_late_misleads_it_little(cost: str) -> None:
 def test_a_machine_whose_pace_wanders_misleads_it_little(cost: str, acceptance: float) -> None:
     shares = [share_after_64(replace(machine(cost, 4, seed), wandering=0.15), acceptance, 164) for seed in range(8)]
     assert statistics.mean(shares) >= 0.97
+
+
+@pytest.mark.parametrize("cost", ["memory-bound", "cheaper than any published", "experts read again"])
+def test_a_machine_that_others_use_now_and_then_misleads_it_little(cost: str) -> None:
+    shares = []
+    for seed, acceptance in product(range(10), (0.4, 0.6, 0.8)):
+        simulated, is_shared = machine(cost, 4, seed), False
+        others = random.Random(seed + 1000)
+        for _ in range(164):
+            is_shared ^= others.random() < 0.25
+            simulated.pace = math.log(1.7) / 0.9 if is_shared else 0.0
+            simulated.round(acceptance)
+        found = speed(simulated.chosen[64:], simulated.cost, 4, acceptance)
+        shares.append(found / best_speed(simulated.cost, 4, acceptance))
+    assert statistics.mean(shares) >= 0.985
+
+
+def test_a_choice_that_was_made_often_stands_for_some_rounds_unless_it_is_surprised(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    simulated = machine("memory-bound", 4, 0)
+    policy, draws, drawn = simulated.policy, 0, simulated.policy._costs.drawn
+
+    def counted(rows: int, longest: int, wanted: int, generator: random.Random) -> list[float]:
+        nonlocal draws
+        draws += 1
+        return drawn(rows, longest, wanted, generator)
+
+    for _ in range(100):
+        simulated.round(1.0)
+    monkeypatch.setattr(policy._costs, "drawn", counted)
+    for _ in range(100):
+        simulated.round(1.0)
+    assert draws <= 40
+    while policy._stands < 2:
+        simulated.round(1.0)
+    policy.observe(4, LONGEST, [0, 0, 0, 0])
+    draws = 0
+    policy.choose(4)
+    assert draws == 1
 
 
 def test_costs_outlive_a_request_so_that_the_next_need_not_try_plain_decoding() -> None:

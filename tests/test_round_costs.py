@@ -131,6 +131,18 @@ def test_a_disturbance_passes_and_a_lasting_change_is_believed(times: int) -> No
     assert seconds_of(costs, 1, 3)[[0, 3]] == pytest.approx([1.0 * times, 1.5 * times], rel=0.15)
 
 
+@pytest.mark.parametrize("slower", [1.3, 1.7, 2.5])
+def test_a_pace_that_jumps_just_when_k_changes_is_not_thought_its_cost(slower: float) -> None:
+    costs = RoundCosts()
+    for _ in range(6):
+        timed(costs, 0, 1.0)
+        timed(costs, 3, 1.5)
+    timed(costs, 0, 1.0 * slower)
+    plain, *_, drafted = seconds_of(costs, 1, 3)
+    assert plain == pytest.approx(slower, rel=0.1)
+    assert drafted / plain == pytest.approx(1.5, rel=0.03)
+
+
 def test_a_first_timing_that_was_disturbed_is_forgotten_soon() -> None:
     costs = RoundCosts()
     timed(costs, 3, 6.0, 1.5, 1.5, 1.5)
@@ -238,7 +250,7 @@ def test_more_drafts_than_were_asked_for_before_keep_what_is_known() -> None:
 
 def test_costs_survive_being_written_and_read_and_nonsense_in_their_place() -> None:
     costs = RoundCosts()
-    for _ in range(5):
+    for _ in range(10):
         for k, seconds in ((0, 1.0), (0, 1.0), (3, 2.0), (3, 2.0)):
             costs.observe(2, k, seconds, LONGEST)
     timed(costs, 5, 3.0, rows=2)  # timed once: not well enough

@@ -28,6 +28,7 @@ LEAST_GAIN = 0.01  # tokens a round that the last draft must be expected to brin
 FIRST_K = 1  # before any round was timed
 PLAIN_LOOK = 48  # timed rounds after which plain decoding is timed too, so that a request can be told what it saved
 PLAIN_RUN = 4  # choices of no draft, one after the other, of which the last stands until a draft is due
+DRAFTED_RUN, STANDING = 8, 3  # choices of one K, one after the other, of which the last stands for more rounds
 # Where plain decoding is best: rounds from one look, with a draft, to the next. They double from the first on, until
 # looks take so much of the time, but at least and at most to so many.
 SOONEST_LOOK, LOOKS_SHARE, LATEST_LOOK = 4, 0.016, (26, 48)
@@ -164,7 +165,7 @@ class AdaptiveLength:
     def choose(self, rows: int) -> int:
         if self._stands and rows == self._chosen[0]:
             self._stands -= 1
-            self._countdown -= 1
+            self._countdown -= self._chosen[1] == 0
             return self._chosen[1]
         chosen = rows, self._choose(rows)
         self._run = self._run + 1 if chosen == self._chosen else 1
@@ -173,10 +174,13 @@ class AdaptiveLength:
             self._stands = 1  # the first round of its kind is not timed
         elif chosen[1] == 0 and self._run > PLAIN_RUN:
             self._stands = max(self._countdown - 1, 0)  # until the look, nothing is learnt of drafts
+        elif chosen[1] and self._run > DRAFTED_RUN:
+            self._stands = STANDING
         return chosen[1]
 
     def observe(self, rows: int, num_draft_tokens: int, accepted: Sequence[int]) -> None:
-        self._acceptance.observe(num_draft_tokens, accepted)
+        if self._acceptance.observe(num_draft_tokens, accepted):
+            self._stands = 0
         if num_draft_tokens:
             self._costs.accept(accepted)
         is_right = 2 * sum(count > 0 for count in accepted) > len(accepted)

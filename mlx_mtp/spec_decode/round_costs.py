@@ -34,8 +34,8 @@ CLIFF, CLIFF_DOUBT = 0.25, 0.2  # of log seconds, at the first K of a verify blo
 PACE_DOUBT = 10.0  # before the first timing
 NOISE = 0.05  # of log seconds
 LATE, LATE_DOUBT = 0.1, 0.1  # share of a round
-WALK = 0.1  # of the pace, from round to round
-MOST_OFF = 2.5  # standard deviations; what a timing is off by more is a disturbance, unless it lasts
+WALK = 0.12  # of the pace, from round to round
+MOST_OFF = 1.0  # standard deviations; a timing that is off by more shows that the pace has jumped
 OTHER_WIDTH_DOUBT = 0.1  # of log seconds, where nothing is known but the costs of another width
 LIFETIME = 5000  # rounds after which costs, untimed, are as much in doubt as before any timing
 SHORT_RUN, LEARN_EVERY = 2, 16  # timings of one K in a row; of those beyond the first, a few say as much as all
@@ -202,7 +202,7 @@ class _Width:
     def observe(self, k: int, before: int, seconds: float, rounds: int) -> None:
         """before: the K of the round before. rounds: since the last that was observed."""
         self.covariance[_PACE][_PACE] += rounds * WALK**2
-        self._learn(k, min(before, self.longest), math.log(seconds), NOISE)
+        self._learn(k, min(before, self.longest), math.log(seconds), NOISE, MOST_OFF)
         self.times[k] += rounds
         self._stale += rounds
         if self._stale >= GROW_EVERY:
@@ -210,22 +210,22 @@ class _Width:
             self.covariance = [[each + growth * first for each, first in zip(row, firsts, strict=True)]
                                for row, firsts in zip(self.covariance, self._growing, strict=True)]
 
-    def _learn(self, k: int, before: int, log_seconds: float, noise: float) -> None:
-        """A Kalman update, extended: late is a factor. What is off by far counts in part, and makes the pace doubtful:
-        so it counts if it lasts."""
+    def _learn(self, k: int, before: int, log_seconds: float, noise: float, most_off: float = math.inf) -> None:
+        """A Kalman update, extended: late is a factor. What is off by more than most_off standard deviations shows a pace
+        that jumped, and less of costs the farther it is off: other programs come and go, and costs stay."""
         mean, late, this, last = self.mean, self.mean[_LATE], _FIRST + k, _FIRST + before
         own, more = 1 - late, mean[last] - mean[this]  # what was timed, as far as it is linear in late
         columns = [self._column(i) for i in (_PACE, this, last, _LATE)]
         shared = [each + own * now + late * then + more * so for each, now, then, so in zip(*columns, strict=True)]
         variance = noise**2 + shared[_PACE] + own * shared[this] + late * shared[last] + more * shared[_LATE]
         off = log_seconds - mean[_PACE] - own * mean[this] - late * mean[last]
-        most = MOST_OFF * math.sqrt(variance)
-        believed = min(max(off, -most), most)
-        gains = [each / variance for each in shared]
-        self.mean = [each + gain * believed for each, gain in zip(mean, gains, strict=True)]
+        jump = max((off / most_off) ** 2 - variance, 0.0)  # the variance of the pace that explains it
+        self.covariance[_PACE][_PACE] += jump
+        shared[_PACE] += jump
+        gains = [each / (variance + jump) for each in shared]
+        self.mean = [each + gain * off for each, gain in zip(mean, gains, strict=True)]
         self.covariance = [[each - gain * other for each, other in zip(row, shared, strict=False)]
                            for row, gain in zip(self.covariance, gains, strict=True)]
-        self.covariance[_PACE][_PACE] += (off - believed) ** 2
         self._factor = []  # nobody asks before the next draw
 
     def _column(self, i: int) -> list[float]:
