@@ -1,17 +1,19 @@
 """Is K = "auto" never slower? Replayed acceptance from 0 to 1, against every fixed K.
 
     python -m bench.never_slower [FOLDER] [--rows 1 4 8] [--acceptance 0 0.4 0.8 1]     FOLDER as in bench.serving
+    python -m bench.never_slower --runs 5
     python -m bench.never_slower --shapes 26B-A4B --bits 4                              as in bench.real_shapes
 
 The engine decodes with "auto", cold. Every 32 rounds it is halted, and for each K some rounds of the same engine are
 timed, one K after the other in any order, over the text that comes next. The Ks it chose are priced with those, and
 with what choosing them took: so a machine that is disturbed now and then, or slow for a while, may mislead the
-controller, but not this comparison. (A GPU works on while the host chooses, so there choosing is priced too high.) Of
-eight prices with some noise the best one is mostly a lucky one: so one half of the passes over all K says which is
-best, and the other half what it and the chosen ones cost, and the other way round. "luckiest" is against the best of
-all the prices; the clock's own figure, of a round in the median, stands beside it. What a round of each K brings is
-counted in the drafts for the text that "auto" decoded: of a few hundred, those that are right are a little more or
-less than was asked for.
+controller, but not this comparison. (A GPU works on while the host chooses, so there choosing is priced too high.) All
+of that is done several times, each time by a new engine that knows nothing; the prices are those of all passes of all
+runs, and what is told is the run in the median, and the worst. Of eight prices with some noise the best one is mostly a
+lucky one: so one half of the passes over all K says which is best, and the other half what it and the chosen ones cost,
+and the other way round. "luckiest" is against the best of all the prices; the clock's own figure, of a round in the
+median, stands beside it. What a round of each K brings is counted in the drafts for the text that "auto" decoded: of a
+few hundred, those that are right are a little more or less than was asked for.
 """
 
 from __future__ import annotations
@@ -51,7 +53,8 @@ PRICED_EVERY = 32  # rounds
 BLOCK = 4  # rounds that are timed together
 PASSES = 2  # over all K, a block of each, each time, at least
 POLISHED = 10  # times; medians settle much sooner
-PRICED_FOR, PRICED_OVER = 2.0, 320  # seconds and tokens, each time, for more of them
+PRICED_FOR, PRICED_OVER = 1.0, 320  # seconds and tokens, each time, for more of them
+UNDISTURBED = 0.95  # of the rounds: what choosing took in the others was something else
 SETTLED = 64  # rounds after which it should know
 COLD = 256  # tokens of a whole request
 
@@ -113,8 +116,9 @@ class Seen:
 
     def price(self, round_costs: Sequence[float], start: int, stop: int) -> float:
         """Seconds of these rounds, each priced by its K; and what choosing took."""
-        choosing = statistics.median(self.choosing[start:stop])
-        return sum(round_costs[k] + choosing for k in self.lengths[start:stop])
+        lengths, choosing = self.lengths[start:stop], sorted(self.choosing[start:stop])
+        usual = statistics.mean(choosing[: max(int(UNDISTURBED * len(choosing)), 1)])  # what stands costs less
+        return sum(round_costs[k] + usual for k in lengths)
 
 
 @dataclass
@@ -210,39 +214,56 @@ def best_length(tokens: Sequence[float], round_costs: Sequence[float]) -> int:
     return max(range(len(round_costs)), key=lambda k: tokens[k] / round_costs[k])
 
 
-def compare(pair: Pair, rows: int, acceptance: float, known: list[list[int]]) -> None:
+@dataclass(frozen=True)
+class Shares:
+    """What auto has of the best fixed K's speed: after SETTLED rounds, and over COLD tokens."""
+
+    late: float
+    cold: float
+
+
+def shares(seen: Seen, tokens: Sequence[float], chosen_by: Sequence[float], round_costs: Sequence[float]) -> Shares:
+    """Against the K that is best by one list of prices, both at the other's. tokens: what a round of each K brings."""
+    best = best_length(tokens, chosen_by)
+    cold = 1 + next((i for i in range(len(seen.lengths)) if seen.tokens(tokens, 0, i + 1) >= COLD), len(seen.lengths))
+    return Shares(*(seen.tokens(tokens, *part) / seen.price(round_costs, *part) * round_costs[best] / tokens[best]
+                    for part in ((SETTLED, ROUNDS), (0, cold))))
+
+
+def compare(pair: Pair, rows: int, acceptance: float, known: list[list[int]], runs: int) -> None:
     assert pair.drafter is not None
     vocab_size, longest = pair.target.config.text.vocab_size, EngineConfig().max_draft_tokens
     drafts, wrong = (replayed_drafts(known, share, vocab_size) for share in (acceptance, 0.0))
     config = EngineConfig(prefix_tokens=0, prefill_chunk=rows * PROMPT)
-    engine = _Noted(pair.target, ReplayDrafter(pair.drafter, drafts), config)
-    requests = [Request(text[:PROMPT], SamplingParams(TOKENS), frozenset(), 10**6) for text in known]
-    prices = Prices()
-    seen = engine.rounds(requests, prices)
-    tokens = brought((drafts != wrong)[:, PROMPT : PROMPT + TOKENS], seen.decoded, longest)
-    cold = 1 + next((i for i in range(len(seen.lengths)) if seen.tokens(tokens, 0, i + 1) >= COLD), len(seen.lengths))
-    parts = ((SETTLED, ROUNDS), (0, cold))
+    prices, every, brings = Prices(), list[Seen](), list[list[float]]()
+    for _ in range(runs):
+        engine = _Noted(pair.target, ReplayDrafter(pair.drafter, drafts), config)
+        requests = [Request(text[:PROMPT], SamplingParams(TOKENS), frozenset(), 10**6) for text in known]
+        every.append(engine.rounds(requests, prices))
+        brings.append(brought((drafts != wrong)[:, PROMPT : PROMPT + TOKENS], every[-1].decoded, longest))
 
-    def shares(chosen_by: Sequence[float], round_costs: Sequence[float]) -> list[float]:
-        """What auto has of the K that is best by one list of prices, both at the other's: late, and cold."""
-        best = best_length(tokens, chosen_by)
-        return [seen.tokens(tokens, *part) / seen.price(round_costs, *part) * round_costs[best] / tokens[best]
-                for part in parts]
-
-    first, second = prices.halves()
-    late, begun = map(statistics.mean, zip(shares(first, second), shares(second, first), strict=True))
-    costs = prices.seconds()
-    luckiest = shares(costs, costs)
+    costs, halves = prices.seconds(), prices.halves()
+    luckiest = [shares(seen, tokens, costs, costs) for seen, tokens in zip(every, brings, strict=True)]
+    crossed = [[shares(seen, tokens, *by) for by in (halves, halves[::-1])]
+               for seen, tokens in zip(every, brings, strict=True)]
+    late = [statistics.mean(each.late for each in both) for both in crossed]
+    cold = [statistics.mean(each.cold for each in both) for both in crossed]
+    tokens = [statistics.mean(each) for each in zip(*brings, strict=True)]
     best = best_length(tokens, costs)
-    speed = tokens[best] / costs[best]
-    rounds = zip(seen.lengths, seen.seconds, seen.choosing, strict=True)
+    speed = rows * tokens[best] / costs[best]
+    rounds = [each for seen in every for each in zip(seen.lengths, seen.seconds, seen.choosing, strict=True)]
     clock = statistics.median(took / (costs[k] + choosing) for k, took, choosing in rounds)
-    print(f"rows {rows}  acceptance {acceptance:.1f}  best fixed K = {best} ({rows * speed:.1f} tok/s)  "
-          f"auto after {SETTLED} rounds {late:.3f} (luckiest {luckiest[0]:.3f}), "
-          f"first {COLD} tokens {begun:.3f} ({luckiest[1]:.3f}); rounds took {clock:.2f} of their price; "
-          f"Ks {dict(sorted(Counter(seen.lengths[SETTLED:]).items()))}; "
-          f"choosing {1e3 * statistics.median(seen.choosing[SETTLED:]):.2f} ms, "
+    print(f"rows {rows}  acceptance {acceptance:.1f}  best fixed K = {best} ({speed:.1f} tok/s)  "
+          f"auto after {SETTLED} rounds {_told(late, [each.late for each in luckiest])}, "
+          f"first {COLD} tokens {_told(cold, [each.cold for each in luckiest])}; "
+          f"rounds took {clock:.2f} of their price; "
+          f"Ks {dict(sorted(Counter(k for seen in every for k in seen.lengths[SETTLED:]).items()))}; choosing "
+          f"{1e3 * statistics.mean(choosing for *_, choosing in rounds):.2f} ms, "
           f"ms by K {' '.join(f'{1e3 * seconds:.1f}' for seconds in costs)}", flush=True)
+
+
+def _told(by_run: Sequence[float], luckiest: Sequence[float]) -> str:
+    return f"{statistics.median(by_run):.3f} (worst {min(by_run):.3f}, luckiest {statistics.median(luckiest):.3f})"
 
 
 def main() -> int:
@@ -250,6 +271,7 @@ def main() -> int:
     cli.add_argument("folder", nargs="?", default="demo")
     cli.add_argument("--rows", type=int, nargs="+", default=[1, 4, 8])
     cli.add_argument("--acceptance", type=float, nargs="+", default=[0.0, 0.2, 0.4, 0.6, 0.8, 1.0])
+    cli.add_argument("--runs", type=int, default=3, help="cold runs of each (default: %(default)s)")
     cli.add_argument("--shapes", metavar="NAME", help=f"random weights of the shapes of one of {', '.join(FAMILY)}")
     cli.add_argument("--bits", type=int, choices=BITS, default=4, help="of those shapes (default: %(default)s)")
     blas.add_flag(cli)
@@ -263,7 +285,7 @@ def main() -> int:
     known = texts(pair, max(args.rows))
     for rows in args.rows:
         for acceptance in args.acceptance:
-            compare(pair, rows, acceptance, known[:rows])
+            compare(pair, rows, acceptance, known[:rows], args.runs)
     return 0
 
 

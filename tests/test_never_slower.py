@@ -49,7 +49,21 @@ def test_a_round_brings_what_is_right_until_the_first_that_is_wrong() -> None:
 def test_choosing_is_part_of_the_price() -> None:
     seen = never_slower.Seen([2, 0, 1, 1], [9.0] * 4, [7.0, 0.5, 0.5, 7.0], np.zeros((1, 1), bool))
     assert seen.tokens([1.0, 1.8], 1, 9) == 1 + 2 * 1.8
-    assert seen.price([1.0, 1.5], 1, 9) == 1.0 + 2 * 1.5 + 3 * 0.5
+    assert seen.price([1.0, 1.5], 1, 9) == 1.0 + 2 * 1.5 + 3 * 0.5  # the longest is left out: something disturbed it
+    often = never_slower.Seen([1] * 40, [9.0] * 40, [2.0, 0.0, 0.0, 0.0] * 10, np.zeros((1, 1), bool))
+    assert often.price([1.0, 1.0], 0, 40) == pytest.approx(40 + 40 * 16 / 38)  # one in four has to be paid for
+
+
+def test_auto_is_compared_with_the_k_that_other_prices_say_is_best() -> None:
+    seen = never_slower.Seen([1] * 200, [0.0] * 200, [0.0] * 200, np.zeros((1, 1), bool))
+    found = never_slower.shares(seen, [1.0, 1.5], [1.0, 1.1], [1.0, 2.0])
+    assert found == never_slower.Shares(1.0, 1.0)
+    assert never_slower.shares(seen, [1.0, 1.5], [1.0, 1.9], [1.0, 2.0]).late == 0.75
+
+
+def test_of_several_runs_the_one_in_the_median_is_told_and_the_worst() -> None:
+    assert never_slower._told([0.9, 1.0, 0.8], [0.7, 0.6, 0.5]) == "0.900 (worst 0.800, luckiest 0.600)"
+
     clocked = never_slower.Clocked(FixedLength(3))
     assert clocked.longest == clocked.choose(1) == 3
     assert 0 < clocked.seconds < 1
@@ -62,7 +76,7 @@ def test_auto_is_set_against_every_fixed_length(
     monkeypatch.setattr(never_slower, "PRICED_FOR", 0.0)
     for name, value in {"ROUNDS": 8, "SETTLED": 3, "PRICED_EVERY": 4, "PASSES": 2, "TOKENS": 800}.items():
         monkeypatch.setattr(never_slower, name, value)
-    never_slower.compare(pair, 2, 1.0, never_slower.texts(pair, 2))
+    never_slower.compare(pair, 2, 1.0, never_slower.texts(pair, 2), runs=2)
     line = capsys.readouterr().out
     late, cold = (float(part.split()[0]) for part in (line.split("3 rounds ")[1], line.split("256 tokens ")[1]))
     assert 0.05 < late < 20  # nothing is known of so few rounds but that they were compared

@@ -211,8 +211,8 @@ class _Width:
                                for row, firsts in zip(self.covariance, self._growing, strict=True)]
 
     def _learn(self, k: int, before: int, log_seconds: float, noise: float, most_off: float = math.inf) -> None:
-        """A Kalman update, extended: late is a factor. What is off by more than most_off standard deviations shows a pace
-        that jumped, and less of costs the farther it is off: other programs come and go, and costs stay."""
+        """A Kalman update, extended: late is a factor. What is off by more than most_off standard deviations shows that
+        the pace has jumped, and less of costs the farther it is off: other programs come and go, and costs stay."""
         mean, late, this, last = self.mean, self.mean[_LATE], _FIRST + k, _FIRST + before
         own, more = 1 - late, mean[last] - mean[this]  # what was timed, as far as it is linear in late
         columns = [self._column(i) for i in (_PACE, this, last, _LATE)]
