@@ -143,6 +143,16 @@ def test_a_pace_that_jumps_just_when_k_changes_is_not_thought_its_cost(slower: f
     assert drafted / plain == pytest.approx(1.5, rel=0.03)
 
 
+def test_a_draft_is_never_thought_free_though_plain_decoding_was_disturbed() -> None:
+    costs = RoundCosts()
+    timed(costs, 1, *[1.45] * 8)
+    timed(costs, 0, 1.7)  # of one round, while others used the machine
+    timed(costs, 1, *[1.45] * 8)
+    plain, drafted = seconds_of(costs, 1, 1)
+    assert drafted > 1.02 * plain
+    assert doubt(costs, 1) > 0.15  # so that plain decoding is tried again
+
+
 def test_a_first_timing_that_was_disturbed_is_forgotten_soon() -> None:
     costs = RoundCosts()
     timed(costs, 3, 6.0, 1.5, 1.5, 1.5)

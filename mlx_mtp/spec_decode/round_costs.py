@@ -13,7 +13,8 @@ estimate: `drawn` gives costs as they may well be, and who goes by them tries a 
 (Thompson sampling).
 
 What is believed before any timing is a line, one more draft for USUAL_STEP plain rounds, of uncertain slope and with a
-bump at every K. So neighbours speak for each other, and the more so the nearer they are.
+bump at every K. So neighbours speak for each other, and the more so the nearer they are. And a draft is never free: a
+timing that says so says that the pace has jumped.
 
 The matrices are 10 x 10 and met once a round or less: for that, lists take a third of the time that arrays take.
 """
@@ -30,6 +31,7 @@ from typing import Any
 
 USUAL_STEP, SLOPE_DOUBT = 0.2, 0.3  # plain rounds a draft
 BUMP_DOUBT, FIRST_BUMP_DOUBT = 0.1, 0.16  # of log seconds, at each K; at the first, where the drafter comes in
+LEAST_STEP, LEAST_ROOM = 0.05, 0.01  # of log seconds: what the first draft costs at least, and how near to it one gets
 CLIFF, CLIFF_DOUBT = 0.25, 0.2  # of log seconds, at the first K of a verify block that is feared to be too wide
 PACE_DOUBT = 10.0  # before the first timing
 NOISE = 0.05  # of log seconds
@@ -202,7 +204,7 @@ class _Width:
     def observe(self, k: int, before: int, seconds: float, rounds: int) -> None:
         """before: the K of the round before. rounds: since the last that was observed."""
         self.covariance[_PACE][_PACE] += rounds * WALK**2
-        self._learn(k, min(before, self.longest), math.log(seconds), NOISE, MOST_OFF)
+        self._learn(k, min(before, self.longest), math.log(seconds), NOISE, may_jump=True)
         self.times[k] += rounds
         self._stale += rounds
         if self._stale >= GROW_EVERY:
@@ -210,16 +212,19 @@ class _Width:
             self.covariance = [[each + growth * first for each, first in zip(row, firsts, strict=True)]
                                for row, firsts in zip(self.covariance, self._growing, strict=True)]
 
-    def _learn(self, k: int, before: int, log_seconds: float, noise: float, most_off: float = math.inf) -> None:
-        """A Kalman update, extended: late is a factor. What is off by more than most_off standard deviations shows that
-        the pace has jumped, and less of costs the farther it is off: other programs come and go, and costs stay."""
+    def _learn(self, k: int, before: int, log_seconds: float, noise: float, *, may_jump: bool = False) -> None:
+        """A Kalman update, extended: late is a factor. If the pace may jump, then the farther off a timing is, the less
+        of it is learnt of costs: other programs come and go, and costs stay."""
         mean, late, this, last = self.mean, self.mean[_LATE], _FIRST + k, _FIRST + before
         own, more = 1 - late, mean[last] - mean[this]  # what was timed, as far as it is linear in late
         columns = [self._column(i) for i in (_PACE, this, last, _LATE)]
         shared = [each + own * now + late * then + more * so for each, now, then, so in zip(*columns, strict=True)]
         variance = noise**2 + shared[_PACE] + own * shared[this] + late * shared[last] + more * shared[_LATE]
         off = log_seconds - mean[_PACE] - own * mean[this] - late * mean[last]
-        jump = max((off / most_off) ** 2 - variance, 0.0)  # the variance of the pace that explains it
+        jump = 0.0  # the variance of the pace that explains it
+        if may_jump:
+            room = max(mean[_FIRST + 1] - LEAST_STEP, LEAST_ROOM)  # that c(1) has below it
+            jump = max((off / MOST_OFF) ** 2, -shared[_FIRST + 1] * off / room, variance) - variance
         self.covariance[_PACE][_PACE] += jump
         shared[_PACE] += jump
         gains = [each / (variance + jump) for each in shared]
