@@ -276,6 +276,8 @@ def main() -> int:
     cli.add_argument("--bits", type=int, choices=BITS, default=4, help="of those shapes (default: %(default)s)")
     blas.add_flag(cli)
     args = cli.parse_args()
+    if args.runs < 1:
+        cli.error(f"--runs {args.runs}: expected 1 or more")
     if args.shapes is not None:
         pair = shaped_pair(args.shapes, args.bits, draft_bits=4)
         choose_fastest_dispatch(pair)

@@ -148,9 +148,9 @@ class AdaptiveLength:
     """Never slower than the best fixed K for long: each K runs as often as it may be the best one.
 
     It goes by costs that are drawn from what they may be: what is well timed and best runs nearly always, what is as
-    good nearly as often, what is dear for certain never, and what is hardly known now and then. Where plain decoding is
-    best nobody hears whether drafts would be right by now. So one is tried, at falling frequency, and in between plain
-    decoding stands.
+    good nearly as often, what is dear for certain never, and what is hardly known now and then. What was chosen often
+    in a row stands for some rounds, since choosing takes time too. Where plain decoding is best nobody hears whether
+    drafts would be right by now. So one is tried, at falling frequency, and in between plain decoding stands.
     """
 
     def __init__(self, longest: int, costs: RoundCosts) -> None:
