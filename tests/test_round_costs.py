@@ -277,6 +277,12 @@ def test_costs_survive_being_written_and_read_and_nonsense_in_their_place() -> N
     assert seconds_of(again, 2, 3)[[0, 3]] == pytest.approx([10.0, 20.0], rel=0.05)
 
 
+def test_kept_costs_that_nobody_would_guess_are_believed() -> None:
+    costs = RoundCosts()
+    costs.restore({"1": {"0": 1.0, "1": 2.0, "7": 9.0}})
+    assert seconds_of(costs, 1, LONGEST)[[0, 1, 7]] == pytest.approx([1.0, 2.0, 9.0], rel=0.1)
+
+
 def test_a_single_long_run_is_kept() -> None:
     costs = RoundCosts()
     timed(costs, 4, *[2.0] * 8)  # of these, two were learned from when they came
