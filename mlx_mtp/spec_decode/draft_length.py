@@ -28,6 +28,7 @@ LEAST_GAIN = 0.01  # tokens a round that the last draft must be expected to brin
 FIRST_K = 1  # before any round was timed
 PLAIN_LOOK = 48  # timed rounds after which plain decoding is timed too, so that a request can be told what it saved
 PLAIN_RUN = 4  # choices of no draft, one after the other, of which the last stands until a draft is due
+WORTH_CHANGING = 0.02  # share of tokens a second that another K must promise beyond the one in use: changing takes time
 DRAFTED_RUN, STANDING = 8, 3  # choices of one K, one after the other, of which the last stands for more rounds
 # Where plain decoding is best: rounds from one look, with a draft, to the next. They double from the first on, until
 # looks take so much of the time, but at least and at most to so many.
@@ -93,21 +94,19 @@ class Acceptance:
         self._plain = 0  # rounds since the last with drafts
         self._rates: list[float] = []  # by position, once they were asked for and until something is learnt
 
-    def observe(self, num_draft_tokens: int, accepted: Sequence[int]) -> bool:
-        """Learns from a round; whether it was too surprising for what was known before."""
+    def observe(self, num_draft_tokens: int, accepted: Sequence[int]) -> None:
+        """Learns from a round; what is too surprising for what was known before lets that count for little."""
         if num_draft_tokens == 0:
             self._plain += 1  # time passes, which counts when there is something to learn
-            return False
+            return
         reached = [len(accepted), *(sum(count >= i for count in accepted) for i in range(1, num_draft_tokens + 1))]
-        is_surprising = self._is_surprised(reached)
-        if is_surprising:
+        if self._is_surprised(reached):
             self.loosen()
         self._fade((1 - 1 / MEMORY) ** (1 + self._plain))
         self._plain = 0
         for i, (tried, kept) in enumerate(pairwise(reached)):
             self._tried[i] += tried
             self._kept[i] += kept
-        return is_surprising
 
     def _is_surprised(self, reached: Sequence[int]) -> bool:
         """Counted by drafts that were reached: how many a row accepts in all varies far too much."""
@@ -148,9 +147,10 @@ class AdaptiveLength:
     """Never slower than the best fixed K for long: each K runs as often as it may be the best one.
 
     It goes by costs that are drawn from what they may be: what is well timed and best runs nearly always, what is as
-    good nearly as often, what is dear for certain never, and what is hardly known now and then. What was chosen often
-    in a row stands for some rounds, since choosing takes time too. Where plain decoding is best nobody hears whether
-    drafts would be right by now. So one is tried, at falling frequency, and in between plain decoding stands.
+    good nearly as often, what is dear for certain never, and what is hardly known now and then. Choosing takes time: so
+    the K in use is kept where another promises little more, and what was chosen often in a row stands for some rounds.
+    Where plain decoding is best nobody hears whether drafts would be right by now. So one is tried, at falling
+    frequency, and in between plain decoding stands.
     """
 
     def __init__(self, longest: int, costs: RoundCosts) -> None:
@@ -160,6 +160,8 @@ class AdaptiveLength:
         self._random = Random(0)
         self._chosen, self._run = (0, 0), 0  # rows and K, and how often in a row
         self._stands = 0  # more rounds for which that was chosen
+        self._accepted = list[tuple[int, int, Sequence[int]]]()  # as observed, and not yet learnt from
+        self._timed = list[tuple[int, int, float | None]]()  # likewise
         self._wait = self._countdown = SOONEST_LOOK  # plain rounds before the next draft is tried
 
     def choose(self, rows: int) -> int:
@@ -167,6 +169,7 @@ class AdaptiveLength:
             self._stands -= 1
             self._countdown -= self._chosen[1] == 0
             return self._chosen[1]
+        self._learn()
         chosen = rows, self._choose(rows)
         self._run = self._run + 1 if chosen == self._chosen else 1
         self._chosen, self._stands = chosen, 0
@@ -179,28 +182,39 @@ class AdaptiveLength:
         return chosen[1]
 
     def observe(self, rows: int, num_draft_tokens: int, accepted: Sequence[int]) -> None:
-        if self._acceptance.observe(num_draft_tokens, accepted):
-            self._stands = 0
-        if num_draft_tokens:
-            self._costs.accept(accepted)
-        is_right = 2 * sum(count > 0 for count in accepted) > len(accepted)
-        if is_right and self._wait > SOONEST_LOOK:  # a look after many plain rounds: see whether that lasts
-            self._wait = min(self._wait, self._affordable_wait(rows))
-            self._countdown = min(self._countdown, self._wait)
+        self._accepted.append((rows, num_draft_tokens, accepted))
 
     def observe_seconds(self, rows: int, num_draft_tokens: int, seconds: float | None) -> None:
-        self._costs.observe(rows, num_draft_tokens, seconds, self.longest)
+        self._timed.append((rows, num_draft_tokens, seconds))
 
     def new_task(self) -> None:
+        self._learn()
         self._acceptance.loosen()
         self._wait = self._countdown = SOONEST_LOOK
         self._stands = 0
 
     def plain_seconds(self, tokens_by_rows: Mapping[int, int]) -> float | None:
+        self._learn()
         if not self._costs.knows_plain:
             return None
         return sum(tokens * self._costs.seconds(rows, self.longest)[0]
                    for rows, tokens in tokens_by_rows.items())
+
+    def _learn(self) -> None:
+        """From all rounds since the last choice. At once, since a device's work has emptied a CPU's caches: the second
+        round takes a tenth of the time of the first."""
+        for rows, num_draft_tokens, seconds in self._timed:
+            self._costs.observe(rows, num_draft_tokens, seconds, self.longest)
+        for rows, num_draft_tokens, accepted in self._accepted:
+            self._acceptance.observe(num_draft_tokens, accepted)
+            if num_draft_tokens:
+                self._costs.accept(accepted)
+            is_right = 2 * sum(count > 0 for count in accepted) > len(accepted)
+            if is_right and self._wait > SOONEST_LOOK:  # a look after many plain rounds: see whether that lasts
+                self._wait = min(self._wait, self._affordable_wait(rows))
+                self._countdown = min(self._countdown, self._wait)
+        self._timed.clear()
+        self._accepted.clear()
 
     def _choose(self, rows: int) -> int:
         if not self._costs.is_known:
@@ -210,7 +224,8 @@ class AdaptiveLength:
             return 0
         tokens = self._acceptance.expected_tokens()
         wanted = sum(more - before >= LEAST_GAIN for before, more in pairwise(tokens))
-        k = _best(tokens[: wanted + 1], self._costs.drawn(rows, self.longest, wanted, self._random))
+        in_use = self._chosen[1] if self._run > 1 and rows == self._chosen[0] else None  # a look is not in use
+        k = _best(tokens[: wanted + 1], self._costs.drawn(rows, self.longest, wanted, self._random), in_use)
         if k:
             self._wait = self._countdown = SOONEST_LOOK
             return k
@@ -228,6 +243,8 @@ class AdaptiveLength:
         return max(int(lost / LOOKS_SHARE), SOONEST_LOOK)
 
 
-def _best(tokens: Sequence[float], seconds: Sequence[float]) -> int:
+def _best(tokens: Sequence[float], seconds: Sequence[float], in_use: int | None) -> int:
     speeds = list(map(truediv, tokens, seconds))
+    if in_use is not None and in_use < len(speeds):
+        speeds[in_use] *= 1 + WORTH_CHANGING
     return speeds.index(max(speeds))
