@@ -224,7 +224,7 @@ class AdaptiveLength:
             return 0
         tokens = self._acceptance.expected_tokens()
         wanted = sum(more - before >= LEAST_GAIN for before, more in pairwise(tokens))
-        in_use = self._chosen[1] if self._run > 1 and rows == self._chosen[0] else None  # a look is not in use
+        in_use = self._chosen[1] if rows == self._chosen[0] else None
         k = _best(tokens[: wanted + 1], self._costs.drawn(rows, self.longest, wanted, self._random), in_use)
         if k:
             self._wait = self._countdown = SOONEST_LOOK
