@@ -66,13 +66,18 @@ def hidden_states(
     ids = _keep_rows(target, stored_modules(folder, "target"), tokens)
     count, finished = len(target.layers), 0
 
+    def read_next() -> None:  # before anything runs on it, see `device.reading`
+        mx.eval(target.layers[finished].parameters() if finished < count else {})
+
     def done() -> None:
         nonlocal finished
         finished += 1
         progress(f"running {folder.name}", finished, count)
+        read_next()
 
     for i in range(count):
         target.layers[i] = PassingLayer(target.layers[i], done)
+    read_next()
     text, length = target.config.text, mx.array([len(tokens)], mx.int32)
     cache = KVCache(layer_shapes(text), text.window, 1, 1, target.dtype, len(tokens))
     hidden = target(ids[None], cache.stage(len(tokens), length))[0]
@@ -87,6 +92,7 @@ def compare(
     before = hidden_states(source, text.tokens, progress, dtype)
     after = hidden_states(output, text.tokens, progress, dtype)
     source_head, output_head = (load_target(folder, dtype or default_dtype())[0] for folder in (source, output))
+    mx.eval([head.embed_tokens.parameters() for head in (source_head, output_head)])
     positions = len(text.tokens) - 1
     step = max(1, LOGITS_AT_ONCE // source_head.config.text.vocab_size)
     sums = np.zeros(4)

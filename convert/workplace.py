@@ -228,10 +228,16 @@ def check_output(output: Path, force: bool) -> None:
 
 def check_apart(output: Path, source: Path) -> None:
     """Raises OutputError if one of both folders is, or is in, the other."""
-    written, read = output.resolve(), source.resolve()
-    if written == read or read in written.parents or written in read.parents:
+    if _is_within(output, source) or _is_within(source, output):
         raise OutputError(f"the output {output} and the source {source} overlap; expected a folder of its own: choose "
                           "another --mlx-path")
+
+
+def _is_within(path: Path, folder: Path) -> bool:
+    """Whether a path is a folder or in it. By what the file system says: on a Mac two spellings can be one folder."""
+    resolved = path.resolve()
+    above = [parent for parent in (resolved, *resolved.parents) if parent.exists()]
+    return folder.exists() and any(parent.samefile(folder) for parent in above)
 
 
 def check_space(folder: Path, needed: int) -> None:

@@ -37,6 +37,11 @@ def is_gpu() -> bool:
     return mx.default_device().type == mx.DeviceType.gpu
 
 
+def is_metal() -> bool:
+    """Whether the default device is a Mac's GPU."""
+    return is_gpu() and mx.metal.is_available()
+
+
 def memory_bytes() -> int:
     """Bytes that models may take: a GPU's recommended working set or its memory, else the machine's."""
     if is_gpu():
@@ -52,7 +57,7 @@ def widest_block(heads_per_kv_head: int) -> int | None:
 
     MLX's rule: at most 8, and at most 32 together with the query heads that share one key head.
     """
-    if not (is_gpu() and mx.metal.is_available()):
+    if not is_metal():
         return None
     return max(1, min(8, 32 // heads_per_kv_head))
 
@@ -68,9 +73,22 @@ def release_unused() -> None:
 
 
 @contextmanager
+def reading() -> Iterator[None]:
+    """What becomes of a file's arrays before they are weights: on a Mac's CPU, which reads them; elsewhere as ever.
+
+    Its GPU would be handed work that waits for the disk, and macOS resets a GPU that waits for some seconds.
+    """
+    if not is_metal():
+        yield
+        return
+    with mx.stream(mx.cpu):
+        yield
+
+
+@contextmanager
 def wired_memory() -> Iterator[None]:
     """Keeps weights and caches resident for the time of a generation, on a Mac's GPU; elsewhere there is no need."""
-    if not (is_gpu() and mx.metal.is_available()):
+    if not is_metal():
         yield
         return
     before = mx.set_wired_limit(memory_bytes())

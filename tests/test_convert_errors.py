@@ -327,6 +327,17 @@ def test_output_and_source_must_not_overlap(
     assert everything_in(tmp_path) == before
 
 
+def test_the_source_spelt_otherwise_is_the_source_where_case_does_not_count(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = source.with_name(source.name.upper())  # as a Mac's file system would find the source by this name too
+    shutil.copytree(source, other)
+    monkeypatch.setattr(Path, "samefile", lambda path, other: str(path).lower() == str(other).lower())
+    before = everything_in(tmp_path)
+    assert "overlap" in complaint(capsys, source, other, "--force")
+    assert everything_in(tmp_path) == before
+
+
 def test_a_place_that_cannot_be_written_is_one_line(
     source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

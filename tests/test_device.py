@@ -1,8 +1,11 @@
 """The device: limits asked of the one in use, models usable on another thread, one dtype all through."""
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -34,6 +37,34 @@ def test_on_a_macs_gpu_memory_is_wired_up_to_its_working_set_and_released(monkey
     with pytest.raises(KeyError), device.wired_memory():
         raise KeyError
     assert limits == [123, 7]
+
+
+def test_a_mac_prepares_what_it_reads_on_its_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    entered: list[Any] = []
+    done: list[tuple[str, bool]] = []
+
+    @contextmanager
+    def stream(place: Any) -> Iterator[None]:
+        entered.append(place)
+        yield
+        entered.pop()
+
+    def watch(name: str) -> None:
+        function = getattr(mx, name)
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            done.append((name, entered == [mx.cpu]))
+            return function(*args, **kwargs)
+
+        monkeypatch.setattr(mx, name, watched)
+
+    monkeypatch.setattr(device, "is_metal", lambda: True)
+    monkeypatch.setattr(mx, "stream", stream)
+    for name in ("load", "split", "contiguous", "quantize"):
+        watch(name)
+    load_target(GOLDENS / "mixture" / "target")
+    load_drafter(GOLDENS / "mixture" / "assistant", bits=4)
+    assert set(done) == {("load", True), ("split", True), ("contiguous", True), ("quantize", True)}
 
 
 def test_a_pair_loaded_on_one_thread_decodes_on_another() -> None:

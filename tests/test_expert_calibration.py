@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
@@ -71,6 +73,27 @@ def with_costs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(expert_calibration, "measure", measured)
     return asked
+
+
+def test_weights_are_wired_while_it_measures_as_they_will_be(
+    file: CalibrationFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    happened: list[str] = []
+
+    @contextmanager
+    def wired() -> Iterator[None]:
+        happened.append("wired")
+        yield
+        happened.append("released")
+
+    def measured(*given: object) -> Costs:
+        happened.append("measured")
+        return Costs({2: {GATHER: 1.0}})
+
+    monkeypatch.setattr(expert_calibration, "wired_memory", wired)
+    monkeypatch.setattr(expert_calibration, "measure", measured)
+    choose_dispatch(target_of([layer()]), file, 64)
+    assert happened == ["wired", "measured", "released"]
 
 
 def test_what_was_measured_once_is_used_and_not_measured_again(file: CalibrationFile, with_costs: list[int]) -> None:

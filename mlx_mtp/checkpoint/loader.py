@@ -20,7 +20,7 @@ from mlx.utils import tree_flatten
 
 from mlx_mtp.checkpoint.weights import TIED, Part, strip_prefix, uses, written_name
 from mlx_mtp.config import DrafterConfig, QuantizationConfig, TargetConfig, TextConfig
-from mlx_mtp.device import is_gpu
+from mlx_mtp.device import is_gpu, reading
 from mlx_mtp.errors import CheckpointError, ConfigError, PairError, RequestError
 from mlx_mtp.models.drafter import Drafter
 from mlx_mtp.models.moe import ExpertLinear, SwitchGLU
@@ -160,9 +160,10 @@ def load_target(folder: Path, dtype: mx.Dtype | None = None) -> tuple[Target, Co
     if config.text.experts and dtype is not None and dtype != mx.float32 and not is_gpu():
         raise ConfigError(f"{folder}: a mixture of experts runs on CPU in float32 only (MLX's gather_mm); "
                           f"expected dtype float32, got {_name(dtype)}")
-    weights = open_weights(folder, "target", config.text)
     model = Target(config)
-    _fill(model, weights, raw, "target", folder, dtype)
+    with reading():
+        weights = open_weights(folder, "target", config.text)
+        _fill(model, weights, raw, "target", folder, dtype)
     return model, weights.left_out
 
 
@@ -170,11 +171,12 @@ def load_drafter(folder: Path, dtype: mx.Dtype | None = None, bits: int | None =
     """Builds the drafter of a checkpoint folder, its weights still lazy, quantized to `bits` if asked and not yet."""
     raw = read_json(folder / "config.json")
     config = parse_config(folder, DrafterConfig.from_json, raw)
-    weights = open_weights(folder, "drafter", config.text)
     model = Drafter(config)
-    _fill(model, weights, raw, "drafter", folder, dtype)
-    if bits is not None:
-        quantize_drafter(model, bits)
+    with reading():
+        weights = open_weights(folder, "drafter", config.text)
+        _fill(model, weights, raw, "drafter", folder, dtype)
+        if bits is not None:
+            quantize_drafter(model, bits)
     return model
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_mtp.calibration import CalibrationFile, machine
-from mlx_mtp.device import is_gpu, side_lanes
+from mlx_mtp.device import is_gpu, side_lanes, wired_memory
 from mlx_mtp.models import expert_kernel
 from mlx_mtp.models.expert_dispatch import (
     ALL,
@@ -133,7 +133,8 @@ def choose_dispatch(
     stored = file.read(key)
     costs = None if stored is None else Costs.from_json(stored)
     if costs is None or not costs.seconds:
-        costs = measure(layers, shape, (*DECODE_TOKENS, prefill_chunk), strategies)
+        with wired_memory():  # as they will run
+            costs = measure(layers, shape, (*DECODE_TOKENS, prefill_chunk), strategies)
         file.write(key, costs.to_json())
     plan = costs.plan(shape.top_k, strategies)
     for layer in layers:
