@@ -8,12 +8,13 @@ The engine decodes with "auto", cold. Every 32 rounds it is halted, and for each
 timed, one K after the other in any order, over the text that comes next. The Ks it chose are priced with those, and
 with what choosing them took: so a machine that is disturbed now and then, or slow for a while, may mislead the
 controller, but not this comparison. (A GPU works on while the host chooses, so there choosing is priced too high.) All
-of that is done several times, each time by a new engine that knows nothing; the prices are those of all passes of all
-runs, and what is told is the run in the median, and the worst. Of eight prices with some noise the best one is mostly a
-lucky one: so one half of the passes over all K says which is best, and the other half what it and the chosen ones cost,
-and the other way round. "luckiest" is against the best of all the prices; the clock's own figure, of a round in the
-median, stands beside it. What a round of each K brings is counted in the drafts for the text that "auto" decoded: of a
-few hundred, those that are right are a little more or less than was asked for.
+of that is done several times, each time by a new engine that knows nothing and with other drafts that are right; the
+prices are those of all passes of all runs, and what is told is the run in the median, and the worst. Of eight prices
+with some noise the best one is mostly a lucky one: so one half of the passes over all K says which is best, and the
+other half what it and the chosen ones cost, and the other way round. "luckiest" is against the best of all the prices;
+the clock's own figure, of a round in the median, stands beside it. What a round of each K brings is counted in the
+drafts for the text that "auto" decoded: of a few hundred, those that are right are a little more or less than was asked
+for.
 """
 
 from __future__ import annotations
@@ -233,10 +234,10 @@ def shares(seen: Seen, tokens: Sequence[float], chosen_by: Sequence[float], roun
 def compare(pair: Pair, rows: int, acceptance: float, known: list[list[int]], runs: int) -> None:
     assert pair.drafter is not None
     vocab_size, longest = pair.target.config.text.vocab_size, EngineConfig().max_draft_tokens
-    drafts, wrong = (replayed_drafts(known, share, vocab_size) for share in (acceptance, 0.0))
     config = EngineConfig(prefix_tokens=0, prefill_chunk=rows * PROMPT)
     prices, every, brings = Prices(), list[Seen](), list[list[float]]()
-    for _ in range(runs):
+    for run in range(runs):
+        drafts, wrong = (replayed_drafts(known, share, vocab_size, seed=run) for share in (acceptance, 0.0))
         engine = _Noted(pair.target, ReplayDrafter(pair.drafter, drafts), config)
         requests = [Request(text[:PROMPT], SamplingParams(TOKENS), frozenset(), 10**6) for text in known]
         every.append(engine.rounds(requests, prices))

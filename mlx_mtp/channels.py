@@ -29,12 +29,18 @@ class Part:
 
 
 class ChannelParser:
-    """Takes text in chunks that end anywhere; gives it out in parts."""
+    """Takes text in chunks that end anywhere; gives it out in parts.
 
-    def __init__(self) -> None:
+    prompt_end: of the prompt that the text continues. Some chat templates open a channel there, for thoughts about what
+    a tool gave.
+    """
+
+    def __init__(self, prompt_end: str = "") -> None:
+        _, opened, channel = prompt_end.rpartition(CHANNEL)
+        is_open = bool(opened) and CHANNEL_END not in channel
         self._held = ""
-        self._kind: Kind = "answer"
-        self._in_name = False  # of a channel, which its first line is: no part of the text
+        self._kind: Kind = "thinking" if is_open else "answer"
+        self._in_name = is_open and "\n" not in channel  # of a channel, its first line: no part of the text
 
     def add(self, text: str) -> list[Part]:
         """The parts that `text` makes certain."""

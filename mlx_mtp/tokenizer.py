@@ -73,6 +73,8 @@ class Tokenizer:
                                "or give the prompt as plain text (generate's --ignore-chat-template)")
         from jinja2 import TemplateSyntaxError
 
+        if "tool_responses" in self._template and "tool_call_id" not in self._template:
+            messages = _with_results_in_calls(messages)
         try:
             text = self._wrapped.apply_chat_template(
                 messages, tools=list(tools) or None, add_generation_prompt=True, enable_thinking=thinking,
@@ -146,6 +148,18 @@ class TextStream:
             released, self._held = pending[: len(pending) - held], pending[len(pending) - held :]
         self.text += released
         return released
+
+
+def _with_results_in_calls(messages: Sequence[Message]) -> list[Message]:
+    """As Gemma 4's first chat templates want it: what tools gave stands with the calls, not in messages of its own."""
+    folded: list[Message] = []
+    for message in messages:
+        if message["role"] == "tool" and folded and "tool_calls" in folded[-1]:
+            result = {"name": message.get("name"), "response": message["content"]}
+            folded[-1] = {**folded[-1], "tool_responses": [*folded[-1].get("tool_responses", ()), result]}
+        else:
+            folded.append(message)
+    return folded
 
 
 def _stop_tokens(folder: Path) -> list[int] | None:

@@ -80,8 +80,8 @@ class _Lenient:
         self._drafts = tokens[:, 1:]
         return self._target(tokens, stage)
 
-    def logits(self, hidden: mx.array) -> mx.array:
-        logits = self._target.logits(hidden)
+    def choice_logits(self, hidden: mx.array) -> mx.array:
+        logits = self._target.choice_logits(hidden)
         favoured = mx.arange(logits.shape[-1]) == self._drafts[..., None]
         favoured = mx.pad(favoured.astype(logits.dtype), [(0, 0), (0, 1), (0, 0)])
         return logits + self._favour * favoured

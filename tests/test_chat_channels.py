@@ -100,3 +100,20 @@ def test_what_may_begin_a_marker_is_held_back_and_given_out_when_it_is_none() ->
 ])
 def test_what_is_empty_unfinished_or_out_of_place(text: str, parts: list[tuple[str, str]]) -> None:
     assert parsed([text]) == parsed(text) == parts
+
+
+@pytest.mark.parametrize(("prompt_end", "said", "parts"), [
+    ("<tool_response|><|channel>thought\n", "So it is.\n<channel|>Sunny.",
+     [("thinking", "So it is.\n"), ("answer", "Sunny.")]),
+    ("<|channel>", "thought\nHm.<channel|>Yes.", [("thinking", "Hm."), ("answer", "Yes.")]),
+    ("<|turn>model\n<|channel>thought\n<channel|>", "Yes.", [("answer", "Yes.")]),
+    ("<|channel>thought\nOld.<channel|>", "<|channel>thought\nNew.<channel|>Yes.",
+     [("thinking", "New."), ("answer", "Yes.")]),
+])
+def test_a_channel_that_the_prompt_left_open_goes_on(
+    prompt_end: str, said: str, parts: list[tuple[str, str]]
+) -> None:
+    for size in (1, 4, len(said)):
+        parser = ChannelParser(prompt_end)
+        chunks = [said[start : start + size] for start in range(0, len(said), size)]
+        assert joined([part for chunk in chunks for part in parser.add(chunk)] + parser.finish()) == parts

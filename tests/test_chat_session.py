@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from chat_support import Recorder, ToldEngine, model_with_template, new_chat, new_session
+from chat_support import TEMPLATE, Recorder, ToldEngine, model_with_template, new_chat, new_session
 
 import mlx_mtp
 from mlx_mtp import RequestError, SamplingParams, api, device
@@ -19,6 +19,7 @@ from mlx_mtp.chat.__main__ import main
 from mlx_mtp.chat.conversation import Conversation
 from mlx_mtp.chat.session import Session
 from mlx_mtp.chat.settings import Settings
+from mlx_mtp.chat.tools import Toolbox
 from mlx_mtp.engine.request import Request
 
 SHORT = Settings(SamplingParams(max_tokens=12), num_draft_tokens=3)
@@ -168,6 +169,24 @@ def test_thoughts_are_parted_from_the_answer_kept_and_never_sent_back(templated:
     assert "<|turn>model\nA llama.<turn|>" in engine.prompts[1]
     assert "First" not in engine.prompts[1]
     assert "First" in Conversation.load(next((tmp_path / "conversations").iterdir())).messages[1].thinking
+
+
+def test_thoughts_that_the_template_opens_itself_are_no_answer(tmp_path: Path) -> None:
+    """As Gemma 4's newer templates do after what a tool gave."""
+    opening = TEMPLATE.replace("{%- if add_generation_prompt and not at.open -%}",
+                               "{%- if at.open and enable_thinking -%}{{- '<|channel>thought\\n' -}}{%- endif -%}"
+                               "{%- if add_generation_prompt and not at.open -%}")
+    assert opening != TEMPLATE
+    session = new_session(model_with_template(tmp_path, opening))
+    engine = ToldEngine(session, "<|tool_call>call:clock{}<tool_call|>", "It is noon.\n<channel|>Noon.")
+    session._engine = engine  # type: ignore[assignment]
+    chat = new_chat(session, tmp_path, settings=Settings(thinking="on"))
+    (tmp_path / "tools.py").write_text('def clock() -> str:\n    """The time."""\n    return "12:00"\n')
+    chat.use_tools(Toolbox.load(tmp_path / "tools.py"))
+    chat.take("What time is it?")
+    assert engine.prompts[1].endswith("<|channel>thought\n")
+    answer = chat.conversation.messages[-1]
+    assert (answer.content, answer.thinking) == ("Noon.", "It is noon.")
 
 
 def test_without_thinking_the_template_is_not_asked_for_any(templated: Session, tmp_path: Path) -> None:

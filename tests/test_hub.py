@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -60,6 +61,23 @@ def test_a_snapshot_in_the_hubs_cache_has_its_repositorys_drafter_and_a_conversi
     for drafter in found[:2]:
         assert_is_copy(drafter, hub.repositories["me/gem-assistant"])
     assert found[2:] == [None] * 3
+
+
+def test_whatever_a_converter_appended_the_drafter_of_a_published_model_is_googles(
+    tmp_path: Path, hub: FakeHub
+) -> None:
+    for name in ("E4B-it", "26B-A4B-it", "26B-A4B-it-qat-q4_0-unquantized", "12B-it"):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "name.json").write_text(json.dumps(name))
+        hub.repositories[f"google/gemma-4-{name}-assistant"] = folder
+    expected = {
+        "you/gemma-4-e4b-it-OptiQ-4bit": "E4B-it", "you/gemma-4-26B-A4B-it-4bit-DWQ": "26B-A4B-it",
+        "you/gemma-4-26B-A4B-it-QAT-MLX-4bit": "26B-A4B-it-qat-q4_0-unquantized",
+        "you/gemma-4-12b-it-qat-OptiQ-4bit": "12B-it", "you/gemma-4-E4B-4bit": None, "you/gemma-4-E4B-italian": None}
+    found = ask(tmp_path, hub, *(f"published_drafter({name!r})" for name in expected))
+    names = [None if folder is None else json.loads((Path(folder) / "name.json").read_text()) for folder in found]
+    assert names == list(expected.values())
 
 
 @pytest.mark.parametrize("name", ["", "  "])

@@ -230,6 +230,23 @@ def test_whatever_a_chat_template_raises_is_a_request_error(template: str, tmp_p
         Tokenizer(folder).encode_chat([{"role": "user", "content": "Hi"}])
 
 
+def test_the_first_chat_templates_get_what_tools_gave_beside_the_calls(tmp_path: Path) -> None:
+    call = {"id": "1", "type": "function", "function": {"name": "clock", "arguments": {}}}
+    messages = [{"role": "user", "content": "When?"}, {"role": "assistant", "content": "", "tool_calls": [call, call]},
+                *({"role": "tool", "name": "clock", "tool_call_id": "1", "content": time} for time in ("12", "13")),
+                {"role": "assistant", "content": "Noon."}]
+    first = ("{% for m in messages %}{{ m.role }}{% for r in m['tool_responses'] %}[{{ r.name }} {{ r.response }}]"
+             "{% endfor %} {% endfor %}")
+    shown = {first: "user assistant[clock 12][clock 13] assistant ",
+             first + "{# tool_call_id #}": "user assistant tool tool assistant "}
+    for number, (template, text) in enumerate(shown.items()):
+        folder = copied(tmp_path / str(number))
+        (folder / "chat_template.jinja").write_text(template)
+        tokenizer = Tokenizer(folder)
+        assert tokenizer.decode(tokenizer.encode_chat(messages)) == text
+    assert messages[1].keys() == {"role", "content", "tool_calls"}
+
+
 def test_a_chat_template_that_is_none_is_the_checkpoints_fault(tmp_path: Path) -> None:
     folder = copied(tmp_path / "x")
     (folder / "chat_template.jinja").write_text("fine\n{% if %}")

@@ -24,6 +24,7 @@ BUILT_IN = "built-in"  # the name of the pair that comes with the package
 FILLED = 0.8  # of the context, from which on the user is warned
 KEPT = 0.75  # of the context, at most, that is left when old turns are left out: dropping again has to be rare
 ANSWER_SHARE = 4  # the context is divided by it: room for an answer that is asked for before turns are left out
+PROMPT_END = 16  # tokens of a prompt that are looked at for a channel that its template opened
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,8 @@ class Session:
     ) -> Answer:
         """Runs a prompt to the answer's end, or until `is_stopped`: what came until then is the answer."""
         request = Request(prompt, sampling, self.pair.tokenizer.stop_tokens, self.context, keep_answer=True)
-        parser, texts = ChannelParser(), _Texts(listener)
+        parser = ChannelParser(self.pair.tokenizer.decode(prompt[-PROMPT_END:]))
+        texts = _Texts(listener)
         result = None
 
         def on_prefill(done: int, total: int) -> None:

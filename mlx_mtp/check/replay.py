@@ -136,11 +136,11 @@ def _plain_passes(target: Target, text: Text) -> Iterator[mx.array]:
         state, _ = prefill_chunk(target, state, *padded([piece]))
         mx.eval(state.hidden, *cache.arrays)
         release_unused()
-    yield target.logits(state.hidden)[:, None]
+    yield target.choice_logits(state.hidden)[:, None]
     for token in text.tokens:
         hidden = target(mx.array([[token]], mx.int32), cache.stage(1))
         cache.commit(mx.array([1], mx.int32), 1)
-        yield target.logits(hidden)
+        yield target.choice_logits(hidden)
 
 
 def _decision(scores: mx.array, got: mx.array) -> mx.array:

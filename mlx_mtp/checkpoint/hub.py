@@ -18,6 +18,9 @@ HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 HUB_SNAPSHOT = re.compile(r"/models--([\w.-]+--[\w.-]+)/snapshots/\w+$")  # a folder of the Hub's cache
 PRECISION_SUFFIX = re.compile(r"([-_]UD)?([-_]MLX)?[-_](\d+bit|bf16|fp16|mxfp4|mxfp8|nvfp4)$", re.IGNORECASE)
 
+PUBLISHED = re.compile(r"gemma-4-(?P<size>E2B|E4B|12B|26B-A4B|31B)-it(?P<qat>-qat)?(?![a-z0-9])", re.IGNORECASE)
+QAT = "-qat-q4_0-unquantized"  # how Google names what was trained for 4 bits
+
 
 class NotThereError(CheckpointError):
     """Neither a folder nor anything on the Hub that can be reached has this name."""
@@ -149,7 +152,10 @@ def published_drafter(name: str | Path) -> Path | None:
     model = PRECISION_SUFFIX.sub("", repository).rpartition("/")[2]
     if model.lower().startswith("gemma-4-"):
         names.append(f"google/gemma-4-{model[len('gemma-4-'):]}-assistant")
-    for drafter in names:
+    if (known := PUBLISHED.search(model)) is not None:  # whatever a converter added: -OptiQ, -DWQ, ...
+        size, is_qat = known["size"].upper(), known["qat"] is not None
+        names += [f"google/gemma-4-{size}-it{kind}-assistant" for kind in ([QAT] if is_qat else []) + [""]]
+    for drafter in dict.fromkeys(names):
         with suppress(CheckpointError):
             return local_folder(drafter)
     return None

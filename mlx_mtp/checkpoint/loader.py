@@ -7,6 +7,7 @@ them. Weights are then read lazily, file by file.
 from __future__ import annotations
 
 import json
+import reprlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
@@ -164,7 +165,20 @@ def load_target(folder: Path, dtype: mx.Dtype | None = None) -> tuple[Target, Co
     with reading():
         weights = open_weights(folder, "target", config.text)
         _fill(model, weights, raw, "target", folder, dtype)
+    model.suppress(_suppressed_tokens(folder, config.text.vocab_size))
     return model, weights.left_out
+
+
+def _suppressed_tokens(folder: Path, vocab_size: int) -> list[int]:
+    """What generation_config.json says is never to be generated: `<image|>` and `<audio|>`, for the 12B."""
+    path = folder / "generation_config.json"
+    tokens = read_json(path).get("suppress_tokens") if path.is_file() else None
+    if tokens is None:
+        return []
+    if not isinstance(tokens, list) or not all(type(each) is int and 0 <= each < vocab_size for each in tokens):
+        raise CheckpointError(f"{path}: suppress_tokens is {reprlib.repr(tokens)}; expected token ids below "
+                              f"{vocab_size}: copy the file from the original checkpoint")
+    return tokens
 
 
 def load_drafter(folder: Path, dtype: mx.Dtype | None = None, bits: int | None = None) -> Drafter:

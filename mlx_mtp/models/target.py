@@ -6,6 +6,7 @@ attend to come back. `kv_cache.CacheStage` is one.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -48,6 +49,7 @@ class Target(nn.Module):
             self.embed_tokens_per_layer = nn.Embedding(ple.vocab_size, packed)
             self.per_layer_model_projection = nn.Linear(text.hidden_size, packed, bias=False)
             self.per_layer_projection_norm = RMSNorm(ple.width, text.rms_norm_eps)
+        self._suppressed: mx.array | None = None  # [V], true for tokens that are never to be generated
         self._last_owner = max(text.donors.values())
         self._rotary = {kind: Rotary(rotary) for kind, rotary in text.rotary.items()}
 
@@ -94,6 +96,16 @@ class Target(nn.Module):
     def logits(self, hidden: mx.array) -> mx.array:
         """Soft-capped logits of the tied head: [..., D] -> [..., V]."""
         return softcap(self.embed_tokens.as_linear(hidden), self.config.text.softcap)
+
+    def suppress(self, tokens: Sequence[int]) -> None:
+        """From now on `choice_logits` rules these tokens out."""
+        ids = mx.arange(self.config.text.vocab_size)
+        self._suppressed = (ids[:, None] == mx.array(list(tokens), mx.int32)).any(axis=-1) if tokens else None
+
+    def choice_logits(self, hidden: mx.array) -> mx.array:
+        """What tokens are chosen by: `logits`, with those that are never to be generated at minus infinity."""
+        logits = self.logits(hidden)
+        return logits if self._suppressed is None else mx.where(self._suppressed, -math.inf, logits)
 
     def _per_layer_inputs(self, tokens: mx.array, x: mx.array) -> Sequence[mx.array | None]:
         """PLE: what each layer gets beside the residual stream, from the token's identity and from its embedding.

@@ -94,7 +94,7 @@ def prefill_chunk(
 
 def first_token(target: Target, state: DecodeState) -> DecodeState:
     """Draws each row's first token from the last prompt position: the head runs on that one only."""
-    logits = target.logits(state.hidden)[:, None]
+    logits = target.choice_logits(state.hidden)[:, None]
     noise = state.sampler.noise(state.cache.lengths[:, None], logits.shape[-1])
     return replace(state, last_token=state.sampler.choose(logits, noise)[:, 0])
 
@@ -111,7 +111,7 @@ def decode_round(
     drafts = draft(target, drafter, state, num_draft_tokens, noise)  # [B, K]
     block = mx.concatenate([state.last_token[:, None], drafts], axis=1)
     hidden = target(block, cache.stage(num_draft_tokens + 1))
-    tokens = sampler.choose(target.logits(hidden), noise)  # [B, K + 1]
+    tokens = sampler.choose(target.choice_logits(hidden), noise)  # [B, K + 1]
 
     accepted = mx.cumprod((drafts == tokens[:, :-1]).astype(mx.int32), axis=1).sum(axis=1)  # [B]
     cache.commit(accepted + 1, num_draft_tokens + 1)
