@@ -111,7 +111,7 @@ def pass_timer(pair: Pair, rows: int, length: int, num_draft_tokens: int) -> Cal
 
     def work() -> None:
         hidden = pair.target(tokens, state.cache.stage(num_draft_tokens + 1))
-        mx.eval(mx.argmax(pair.target.logits(hidden), axis=-1), *state.cache.arrays)
+        mx.eval(mx.argmax(pair.target.choice_logits(hidden), axis=-1), *state.cache.arrays)
 
     return block(work)
 

@@ -33,7 +33,7 @@ from mlx_mtp.convert.jobs import PACKED, Job, written_dtype
 from mlx_mtp.convert.safetensors import HalfTensor, Readable, StoredTensor, read_header
 from mlx_mtp.convert.settings import ConvertConfig
 from mlx_mtp.convert.shards import Shard, into_shards
-from mlx_mtp.convert.written_config import written_config, written_quantization
+from mlx_mtp.convert.written_config import TOWER_CONFIGS, written_config, written_quantization
 from mlx_mtp.errors import CheckpointError, RequestError
 from mlx_mtp.models.drafter import Drafter
 from mlx_mtp.models.target import Target
@@ -215,6 +215,9 @@ def _tower_jobs(headers: Headers, raw: Mapping[str, Any], folder: Path, dtype: m
                                       "the one that does not belong here")
             if name is not None:
                 towers[name] = tensor
+    if not towers and (promised := [key for key in TOWER_CONFIGS if raw.get(key) is not None]):
+        raise RequestError(f"{folder / 'config.json'} has {promised[0]}, but there are no vision or audio tensors to "
+                           "keep: leave out --keep-towers")
     quantization: Mapping[str, Any] = raw.get("quantization") or {}
     overrides = {tower_name(path) or path: value for path, value in quantization.items()}
     jobs = []

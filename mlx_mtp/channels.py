@@ -37,7 +37,7 @@ class ChannelParser:
 
     def __init__(self, prompt_end: str = "") -> None:
         _, opened, channel = prompt_end.rpartition(CHANNEL)
-        is_open = bool(opened) and CHANNEL_END not in channel
+        is_open = bool(opened) and not any(marker in channel for marker in MARKERS)
         self._held = ""
         self._kind: Kind = "thinking" if is_open else "answer"
         self._in_name = is_open and "\n" not in channel  # of a channel, its first line: no part of the text

@@ -73,9 +73,9 @@ class Tokenizer:
                                "or give the prompt as plain text (generate's --ignore-chat-template)")
         from jinja2 import TemplateSyntaxError
 
-        if "tool_responses" in self._template and "tool_call_id" not in self._template:
-            messages = _with_results_in_calls(messages)
         try:
+            if "tool_responses" in self._template and "tool_call_id" not in self._template:
+                messages = _with_results_in_calls(messages)
             text = self._wrapped.apply_chat_template(
                 messages, tools=list(tools) or None, add_generation_prompt=True, enable_thinking=thinking,
                 tokenize=False)
@@ -151,12 +151,19 @@ class TextStream:
 
 
 def _with_results_in_calls(messages: Sequence[Message]) -> list[Message]:
-    """As Gemma 4's first chat templates want it: what tools gave stands with the calls, not in messages of its own."""
+    """As Gemma 4's first chat templates want it: one message holds calls, then what tools gave, then what was said."""
     folded: list[Message] = []
     for message in messages:
-        if message["role"] == "tool" and folded and "tool_calls" in folded[-1]:
-            result = {"name": message.get("name"), "response": message["content"]}
-            folded[-1] = {**folded[-1], "tool_responses": [*folded[-1].get("tool_responses", ()), result]}
+        last = folded[-1] if folded else {}
+        if message["role"] == "tool" and last.get("tool_calls"):
+            if last.get("content") and "tool_responses" not in last:  # that was said before the calls
+                folded[-1:] = [{"role": last["role"], "content": last["content"]}, {**last, "content": ""}]
+            names = {call.get("id"): call["function"]["name"] for call in last["tool_calls"]}
+            name = message.get("name") or names.get(message.get("tool_call_id"), "unknown")
+            responses = [*last.get("tool_responses", ()), {"name": name, "response": message["content"]}]
+            folded[-1] = {**folded[-1], "tool_responses": responses}
+        elif message["role"] == "assistant" and last.get("tool_responses") and not message.get("tool_calls"):
+            folded[-1] = {**last, "content": message["content"]}
         else:
             folded.append(message)
     return folded

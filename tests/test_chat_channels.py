@@ -107,6 +107,7 @@ def test_what_is_empty_unfinished_or_out_of_place(text: str, parts: list[tuple[s
      [("thinking", "So it is.\n"), ("answer", "Sunny.")]),
     ("<|channel>", "thought\nHm.<channel|>Yes.", [("thinking", "Hm."), ("answer", "Yes.")]),
     ("<|turn>model\n<|channel>thought\n<channel|>", "Yes.", [("answer", "Yes.")]),
+    ("What does <|channel> mean?<turn|>\n<|turn>model\n", "Thoughts.", [("answer", "Thoughts.")]),
     ("<|channel>thought\nOld.<channel|>", "<|channel>thought\nNew.<channel|>Yes.",
      [("thinking", "New."), ("answer", "Yes.")]),
 ])

@@ -11,7 +11,7 @@ from convert_support import change_json, read_json, save, source_pair, tensors
 from support import GOLDENS, KINDS
 
 from mlx_mtp.checkpoint.loader import load_target
-from mlx_mtp.checkpoint.weights import SHARED_KV_REASON
+from mlx_mtp.checkpoint.weights import SHARED_KV_REASON, tower_name
 from mlx_mtp.config import DrafterConfig, QuantizationConfig, TargetConfig
 from mlx_mtp.convert import recipes
 from mlx_mtp.convert.plan import PartPlan, plan_part, read_headers
@@ -205,6 +205,15 @@ def test_towers_are_kept_only_when_asked_for() -> None:
     towers = [job for job in with_them.jobs if job.module_class == recipes.VISION_AND_AUDIO]
     assert len(towers) == len(without.dropped) - len(with_them.dropped)
     assert not [job for job in towers if job.quantization is not None]
+
+
+def test_towers_that_the_config_promises_and_no_file_holds_cannot_be_kept(tmp_path: Path) -> None:
+    source = source_pair("edge", tmp_path)
+    save(source, {name: array for name, array in tensors(source).items() if tower_name(name) is None})
+    plan(source, keep_towers=True)  # nothing is promised
+    change_json(source / "config.json", vision_config={"hidden_size": 8})
+    with pytest.raises(RequestError, match=r"config\.json has vision_config, but there are no vision or audio tensors"):
+        plan(source, keep_towers=True)
 
 
 def test_a_vision_tensor_under_two_names_or_without_its_weight_is_an_error(tmp_path: Path) -> None:

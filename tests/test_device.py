@@ -100,7 +100,9 @@ def test_a_model_stays_in_its_dtype_from_embedding_to_logits(kind: str, dtype: m
                               {kind: cache.key_positions(kind) for kind in target.config.text.donors}, cache.lengths)
     candidates, projected = drafter(token, state.hidden, context)
     state, _ = decode_round(target, drafter, state, 2)
-    floating = [token, candidates.logits, projected, state.hidden, target.logits(state.hidden), *cache.arrays[1:]]
+    target.suppress([3])
+    logits = target.logits(state.hidden), target.choice_logits(state.hidden)
+    floating = [token, candidates.logits, projected, state.hidden, *logits, *cache.arrays[1:]]
     assert {array.dtype for array in floating} == {dtype}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 from collections import Counter
 from pathlib import Path
 
@@ -38,11 +39,15 @@ def target_with(folder: Path, suppress_tokens: object) -> Target:
     return load_target(folder, mx.float32)[0]
 
 
+def pair_of(target: Target) -> api.Pair:
+    return api.Pair(target, None, None, 4096)  # type: ignore[arg-type]
+
+
 def oracle(target: Target, prompt: list[int], suppressed: list[int], count: int) -> list[int]:
     """Greedy, the whole text anew for every token."""
     text = list(prompt)
     for _ in range(count):
-        logits = score(api.Pair(target, None, None, 4096), text)[-1]  # type: ignore[arg-type]
+        logits = score(pair_of(target), text)[-1]
         ranked = mx.argsort(-logits).tolist()
         text.append(next(token for token in ranked if token not in suppressed))
     return text[len(prompt) :]
@@ -62,8 +67,8 @@ def test_they_never_come_and_the_next_best_does(num_draft_tokens: int, suppresse
 
 
 def test_scores_know_nothing_of_it(suppressed: list[int], tmp_path: Path) -> None:
-    one, other = target_with(tmp_path / "target", suppressed), golden_pair("unified")[0]
-    logits = [score(api.Pair(target, None, None, 4096), PROMPTS[0]) for target in (one, other)]  # type: ignore[arg-type]
+    targets = target_with(tmp_path / "target", suppressed), golden_pair("unified")[0]
+    logits = [score(pair_of(target), PROMPTS[0]) for target in targets]
     assert mx.allclose(*logits, atol=1e-5).item()
 
 
@@ -79,3 +84,19 @@ def test_what_is_no_list_of_token_ids_is_refused(bad: object, tmp_path: Path) ->
     with pytest.raises(CheckpointError, match=r"generation_config\.json: suppress_tokens is .*; expected token ids "
                                               r"below 256: copy the file from the original checkpoint"):
         target_with(tmp_path / "target", bad)
+
+
+def test_they_never_come_on_another_thread(suppressed: list[int], tmp_path: Path) -> None:
+    target = target_with(tmp_path / "target", suppressed)
+    mx.eval(target.parameters())
+    tokens: list[int] = []
+
+    def work() -> None:
+        mx.set_default_device(mx.cpu)
+        tokens.extend(decode(target, None, PROMPTS[:1], SAMPLING[:1])[0].tokens)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert len(tokens) == 24
+    assert not {*tokens} & {*suppressed}

@@ -230,21 +230,55 @@ def test_whatever_a_chat_template_raises_is_a_request_error(template: str, tmp_p
         Tokenizer(folder).encode_chat([{"role": "user", "content": "Hi"}])
 
 
-def test_the_first_chat_templates_get_what_tools_gave_beside_the_calls(tmp_path: Path) -> None:
-    call = {"id": "1", "type": "function", "function": {"name": "clock", "arguments": {}}}
-    messages = [{"role": "user", "content": "When?"}, {"role": "assistant", "content": "", "tool_calls": [call, call]},
-                *({"role": "tool", "name": "clock", "tool_call_id": "1", "content": time} for time in ("12", "13")),
-                {"role": "assistant", "content": "Noon."}]
-    first = ("{% for m in messages %}{{ m.role }}{% for r in m['tool_responses'] %}[{{ r.name }} {{ r.response }}]"
-             "{% endfor %} {% endfor %}")
-    shown = {first: "user assistant[clock 12][clock 13] assistant ",
-             first + "{# tool_call_id #}": "user assistant tool tool assistant "}
-    for number, (template, text) in enumerate(shown.items()):
-        folder = copied(tmp_path / str(number))
-        (folder / "chat_template.jinja").write_text(template)
-        tokenizer = Tokenizer(folder)
-        assert tokenizer.decode(tokenizer.encode_chat(messages)) == text
-    assert messages[1].keys() == {"role", "content", "tool_calls"}
+# The rules of Gemma 4's first one: results only beside the calls, what was said behind them, and no end and no new turn
+# where results are the last.
+FIRST_TEMPLATE = """\
+{%- for m in messages -%}
+  {{- '<|turn>' + m['role'] + '\\n' -}}
+  {%- for call in m.get('tool_calls') or [] -%}{{- '[call ' + call['function']['name'] + ']' -}}{%- endfor -%}
+  {%- for r in m['tool_responses'] -%}{{- '[' + r['name'] + ': ' + r['response'] + ']' -}}{%- endfor -%}
+  {{- m['content'] -}}
+  {%- if not (m['tool_responses'] and not m['content']) -%}{{- '<turn|>\\n' -}}{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt and not (messages[-1]['tool_responses'] and not messages[-1]['content']) -%}
+  {{- '<|turn>model\\n' -}}
+{%- endif -%}
+"""
+
+
+def call_of(name: str, call_id: str) -> dict[str, object]:
+    return {"id": call_id, "type": "function", "function": {"name": name, "arguments": {}}}
+
+
+def result(call_id: str, content: str) -> dict[str, object]:
+    return {"role": "tool", "tool_call_id": call_id, "content": content}
+
+
+@pytest.mark.parametrize(("said", "before"), [("", ""), ("Let me see.", "<|turn>assistant\nLet me see.<turn|>\n")])
+def test_the_first_chat_templates_get_what_tools_gave_beside_the_calls(
+    said: str, before: str, tmp_path: Path
+) -> None:
+    messages = [{"role": "user", "content": "When?"},
+                {"role": "assistant", "content": said, "tool_calls": [call_of("clock", "1"), call_of("sun", "2")]},
+                result("2", "high"), {**result("1", "12"), "name": "clock"}]
+    folder = copied(tmp_path / "x")
+    (folder / "chat_template.jinja").write_text(FIRST_TEMPLATE)
+    tokenizer = Tokenizer(folder)
+    shown = f"<|turn>user\nWhen?<turn|>\n{before}<|turn>assistant\n[call clock][call sun][sun: high][clock: 12]"
+    assert tokenizer.decode(tokenizer.encode_chat(messages)) == shown
+    answered = [*messages, {"role": "assistant", "content": "Noon."}, {"role": "user", "content": "Thanks"}]
+    assert tokenizer.decode(tokenizer.encode_chat(answered)) == (
+        f"{shown}Noon.<turn|>\n<|turn>user\nThanks<turn|>\n<|turn>model\n")
+    assert "tool_responses" not in messages[1]
+
+
+def test_a_template_that_knows_tool_messages_gets_them_as_they_are(tmp_path: Path) -> None:
+    folder = copied(tmp_path / "x")
+    (folder / "chat_template.jinja").write_text("{# tool_responses tool_call_id #}{% for m in messages %}{{ m.role }} "
+                                                "{% endfor %}")
+    tokenizer = Tokenizer(folder)
+    messages = [{"role": "assistant", "content": "", "tool_calls": [call_of("clock", "1")]}, result("1", "12")]
+    assert tokenizer.decode(tokenizer.encode_chat(messages)) == "assistant tool "
 
 
 def test_a_chat_template_that_is_none_is_the_checkpoints_fault(tmp_path: Path) -> None:

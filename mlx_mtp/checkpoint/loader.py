@@ -70,7 +70,7 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise CheckpointError(f"{path.parent} has no {path.name}: expected a checkpoint's folder") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read as JSON ({error}): download it again") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a {type(content).__name__}; expected a JSON object: download it again")
@@ -93,8 +93,10 @@ def weight_files(folder: Path) -> list[Path]:
             if Path(name).name != name:
                 raise CheckpointError(f"{index} names the file {name!r}; expected the name of a file beside it")
             if not (folder / name).is_file():
-                raise CheckpointError(f"{index} names {name}, which is not there: the download is incomplete, "
-                                      "run it again")
+                there = sorted(path.name for path in folder.glob("*.safetensors"))
+                raise CheckpointError(f"{index} names {name}, which is not there" + (
+                    f", and of {there[0]} it knows nothing: delete {index.name}, which describes other files"
+                    if there and not {*there} & {*names} else ": the download is incomplete, run it again"))
     else:
         names = sorted(path.name for path in folder.glob("*.safetensors"))
     if not names:

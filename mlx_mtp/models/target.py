@@ -101,6 +101,7 @@ class Target(nn.Module):
         """From now on `choice_logits` rules these tokens out."""
         ids = mx.arange(self.config.text.vocab_size)
         self._suppressed = (ids[:, None] == mx.array(list(tokens), mx.int32)).any(axis=-1) if tokens else None
+        mx.eval(self._suppressed)  # on this thread, whoever decodes
 
     def choice_logits(self, hidden: mx.array) -> mx.array:
         """What tokens are chosen by: `logits`, with those that are never to be generated at minus infinity."""
