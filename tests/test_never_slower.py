@@ -7,7 +7,9 @@ import pytest
 
 import mlx_mtp
 from bench import never_slower
+from bench.replay import ReplayDrafter
 from mlx_mtp.config import EngineConfig
+from mlx_mtp.models.drafter import Drafter
 from mlx_mtp.spec_decode.draft_length import FixedLength
 
 
@@ -76,7 +78,17 @@ def test_auto_is_set_against_every_fixed_length(
     monkeypatch.setattr(never_slower, "PRICED_FOR", 0.0)
     for name, value in {"ROUNDS": 8, "SETTLED": 3, "PRICED_EVERY": 4, "PASSES": 2, "TOKENS": 800}.items():
         monkeypatch.setattr(never_slower, name, value)
-    never_slower.compare(pair, 2, 1.0, never_slower.texts(pair, 2), runs=2)
+    given: list[np.ndarray] = []
+
+    class Noting(ReplayDrafter):
+        def __init__(self, drafter: Drafter, drafts: np.ndarray) -> None:
+            super().__init__(drafter, drafts)
+            given.append(drafts)
+
+    monkeypatch.setattr(never_slower, "ReplayDrafter", Noting)
+    never_slower.compare(pair, 2, 0.5, never_slower.texts(pair, 2), runs=2)
+    assert len(given) == 2
+    assert (given[0] != given[1]).mean() > 0.25, "the runs share their luck"
     line = capsys.readouterr().out
     late, cold = (float(part.split()[0]) for part in (line.split("3 rounds ")[1], line.split("256 tokens ")[1]))
     assert 0.05 < late < 20  # nothing is known of so few rounds but that they were compared
