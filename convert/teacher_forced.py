@@ -67,7 +67,8 @@ def hidden_states(
     count, finished = len(target.layers), 0
 
     def read_next() -> None:  # before anything runs on it, see `device.reading`
-        mx.eval(target.layers[finished].parameters() if finished < count else {})
+        if finished < count:
+            mx.eval(target.layers[finished].parameters())
 
     def done() -> None:
         nonlocal finished

@@ -31,6 +31,7 @@ from mlx_mtp.convert.tensor_errors import class_errors, tower_errors
 from mlx_mtp.convert.towers import to_mlx_layout
 from mlx_mtp.convert.verify import PROMPTS, no_progress, sample_prompts, sample_text, verify
 from mlx_mtp.errors import CheckpointError, RequestError
+from mlx_mtp.models.decoder_layer import DecoderLayer
 from mlx_mtp.models.target import Target
 from mlx_mtp.tokenizer import Tokenizer
 
@@ -271,6 +272,26 @@ def test_a_streamed_forward_holds_one_layer_and_the_texts_rows_of_the_embedding(
     assert max(held) < layer / 2  # when a layer is done, nothing of it is left
     assert layer < peak < 2.5 * layer  # one in float32, and its tensors as they are stored
     assert peak < embedding
+
+
+def test_a_layers_weights_are_read_before_anything_runs_on_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Mac's GPU must not be handed work that waits for the disk."""
+    events: list[str] = []
+    evaluate, run = mx.eval, DecoderLayer.finish
+
+    def reading(*arrays: Any) -> None:
+        events.extend("read" for each in arrays if isinstance(each, dict) and "input_layernorm" in each)
+        evaluate(*arrays)
+
+    def running(*given: Any) -> mx.array:
+        events.append("run")
+        return run(*given)
+
+    monkeypatch.setattr(mx, "eval", reading)
+    monkeypatch.setattr(DecoderLayer, "finish", running)
+    folder = GOLDENS / "dense/target"
+    hidden_states(folder, TEXT.tokens[:8], no_progress)
+    assert events == ["read", "run"] * len(load_target(folder)[0].layers)
 
 
 def test_a_checkpoint_without_tokenizer_is_compared_on_random_tokens_and_the_report_says_so(tmp_path: Path) -> None:

@@ -17,7 +17,6 @@ WANTED_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 HUB_SNAPSHOT = re.compile(r"/models--([\w.-]+--[\w.-]+)/snapshots/\w+$")  # a folder of the Hub's cache
 PRECISION_SUFFIX = re.compile(r"([-_]UD)?([-_]MLX)?[-_](\d+bit|bf16|fp16|mxfp4|mxfp8|nvfp4)$", re.IGNORECASE)
-
 PUBLISHED = re.compile(r"gemma-4-(?P<size>E2B|E4B|12B|26B-A4B|31B)-it(?P<qat>-qat)?(?![a-z0-9])", re.IGNORECASE)
 QAT = "-qat-q4_0-unquantized"  # how Google names what was trained for 4 bits
 
