@@ -1,20 +1,20 @@
 """Is K = "auto" never slower? Replayed acceptance from 0 to 1, against every fixed K.
 
     python -m bench.never_slower [FOLDER] [--rows 1 4 8] [--acceptance 0 0.4 0.8 1]     FOLDER as in bench.serving
-    python -m bench.never_slower --runs 5
+    python -m bench.never_slower --runs 15
     python -m bench.never_slower --shapes 26B-A4B --bits 4                              as in bench.real_shapes
 
-The engine decodes with "auto", cold. Every 32 rounds it is halted, and for each K some rounds of the same engine are
-timed, one K after the other in any order, over the text that comes next. The Ks it chose are priced with those, and
-with what choosing them took: so a machine that is disturbed now and then, or slow for a while, may mislead the
-controller, but not this comparison. (A GPU works on while the host chooses, so there choosing is priced too high.) All
-of that is done several times, each time by a new engine that knows nothing and with other drafts that are right; the
-prices are those of all passes of all runs, and what is told is the run in the median, and the worst. Of eight prices
-with some noise the best one is mostly a lucky one: so one half of the passes over all K says which is best, and the
-other half what it and the chosen ones cost, and the other way round. "luckiest" is against the best of all the prices;
-the clock's own figure, of a round in the median, stands beside it. What a round of each K brings is counted in the
-drafts for the text that "auto" decoded: of a few hundred, those that are right are a little more or less than was asked
-for.
+The engine decodes with "auto", cold. Twice it is halted, and for each K some rounds of the same engine are timed, one K
+after the other in any order, over the text that comes next. The Ks it chose are priced with those, and with what
+choosing them took: so a machine that is disturbed now and then, or slow for a while, may mislead the controller, but
+not this comparison. (A GPU works on while the host chooses, so there choosing is priced too high.) All of that is done
+several times, each time by a new engine that knows nothing, with other drafts that are right and other draws of "auto";
+the prices are those of all passes of all runs, and what is told is the run in the median, and the worst. Of eight
+prices with some noise the best one is mostly a lucky one: so one half of the passes over all K says which is best, and
+the other half what it and the chosen ones cost, and the other way round. "luckiest" is against the best of all the
+prices; the clock's own figure, of a round in the median, stands beside it. What a round of each K brings is counted in
+the drafts for the text that "auto" decoded: of a few hundred, those that are right are a little more or less than was
+asked for.
 """
 
 from __future__ import annotations
@@ -45,12 +45,13 @@ from mlx_mtp.command import guarded
 from mlx_mtp.config import EngineConfig, SamplingParams
 from mlx_mtp.engine.engine import Engine
 from mlx_mtp.engine.request import Request
-from mlx_mtp.spec_decode.draft_length import DraftLength, FixedLength
+from mlx_mtp.spec_decode.draft_length import AdaptiveLength, DraftLength, FixedLength
+from mlx_mtp.spec_decode.round_costs import RoundCosts
 
 PROMPT = 48
 TOKENS = 3200  # of each text
 ROUNDS = 160
-PRICED_EVERY = 32  # rounds
+PRICED_EVERY = 80  # rounds
 BLOCK = 4  # rounds that are timed together
 PASSES = 2  # over all K, a block of each, each time, at least
 POLISHED = 10  # times; medians settle much sooner
@@ -147,9 +148,10 @@ class Clocked:
 class _Noted(Engine):
     """An engine that tells which K each round had, and halts for prices."""
 
-    def rounds(self, requests: Sequence[Request], prices: Prices) -> Seen:
+    def rounds(self, requests: Sequence[Request], prices: Prices, seed: int) -> Seen:
+        """seed: of what "auto" draws."""
         seen = Seen([], [], [], np.zeros((len(requests), TOKENS), bool))
-        clocked = Clocked(self._draft_length)
+        clocked = Clocked(AdaptiveLength(self._draft_length.longest, RoundCosts(), seed))
         self._draft_length = cast(DraftLength, clocked)
         for request in requests:
             self.submit(request)
@@ -240,7 +242,7 @@ def compare(pair: Pair, rows: int, acceptance: float, known: list[list[int]], ru
         drafts, wrong = (replayed_drafts(known, share, vocab_size, seed=run) for share in (acceptance, 0.0))
         engine = _Noted(pair.target, ReplayDrafter(pair.drafter, drafts), config)
         requests = [Request(text[:PROMPT], SamplingParams(TOKENS), frozenset(), 10**6) for text in known]
-        every.append(engine.rounds(requests, prices))
+        every.append(engine.rounds(requests, prices, seed=run))
         brings.append(brought((drafts != wrong)[:, PROMPT : PROMPT + TOKENS], every[-1].decoded, longest))
 
     costs, halves = prices.seconds(), prices.halves()
@@ -272,7 +274,7 @@ def main() -> int:
     cli.add_argument("folder", nargs="?", default="demo")
     cli.add_argument("--rows", type=int, nargs="+", default=[1, 4, 8])
     cli.add_argument("--acceptance", type=float, nargs="+", default=[0.0, 0.2, 0.4, 0.6, 0.8, 1.0])
-    cli.add_argument("--runs", type=int, default=3, help="cold runs of each (default: %(default)s)")
+    cli.add_argument("--runs", type=int, default=7, help="cold runs of each (default: %(default)s)")
     cli.add_argument("--shapes", metavar="NAME", help=f"random weights of the shapes of one of {', '.join(FAMILY)}")
     cli.add_argument("--bits", type=int, choices=BITS, default=4, help="of those shapes (default: %(default)s)")
     blas.add_flag(cli)

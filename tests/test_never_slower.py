@@ -10,7 +10,8 @@ from bench import never_slower
 from bench.replay import ReplayDrafter
 from mlx_mtp.config import EngineConfig
 from mlx_mtp.models.drafter import Drafter
-from mlx_mtp.spec_decode.draft_length import FixedLength
+from mlx_mtp.spec_decode.draft_length import AdaptiveLength, FixedLength
+from mlx_mtp.spec_decode.round_costs import RoundCosts
 
 
 def test_prices_by_halves_share_no_pass() -> None:
@@ -85,9 +86,17 @@ def test_auto_is_set_against_every_fixed_length(
             super().__init__(drafter, drafts)
             given.append(drafts)
 
+    seeds: list[int] = []
+
+    def noted(longest: int, costs: RoundCosts, seed: int) -> AdaptiveLength:
+        seeds.append(seed)
+        return AdaptiveLength(longest, costs, seed)
+
     monkeypatch.setattr(never_slower, "ReplayDrafter", Noting)
+    monkeypatch.setattr(never_slower, "AdaptiveLength", noted)
     never_slower.compare(pair, 2, 0.5, never_slower.texts(pair, 2), runs=2)
     assert len(given) == 2
+    assert len({AdaptiveLength(7, RoundCosts(), seed)._random.random() for seed in seeds}) == 2, "likewise of draws"
     assert (given[0] != given[1]).mean() > 0.25, "the runs share their luck"
     line = capsys.readouterr().out
     late, cold = (float(part.split()[0]) for part in (line.split("3 rounds ")[1], line.split("256 tokens ")[1]))

@@ -153,11 +153,11 @@ class AdaptiveLength:
     frequency, and in between plain decoding stands.
     """
 
-    def __init__(self, longest: int, costs: RoundCosts) -> None:
+    def __init__(self, longest: int, costs: RoundCosts, seed: int = 0) -> None:
         self.longest = longest
         self._costs = costs
         self._acceptance = Acceptance(longest, costs.usual_acceptance)
-        self._random = Random(0)
+        self._random = Random(seed)
         self._chosen, self._run = (0, 0), 0  # rows and K, and how often in a row
         self._stands = 0  # more rounds for which that was chosen
         self._accepted = list[tuple[int, int, Sequence[int]]]()  # as observed, and not yet learnt from
