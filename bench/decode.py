@@ -155,7 +155,7 @@ def save(record: Record, folder: Path, with_plots: bool) -> None:
 
 
 def guarded(command: Callable[[], None]) -> int:
-    """Runs a command; returns 0, 1 if drafting changed a text, 2 for what the user can mend, with one line for each.
+    """Runs a command; returns 0, 1 if drafting changed a text, 2 for what the user can fix, with one line for each.
 
     130 after Ctrl-C, 141 where nobody reads the tables any more.
     """

@@ -42,7 +42,7 @@ def parser() -> argparse.ArgumentParser:
     add("--force", action="store_true", help="replace the checkpoint at the output")
     add("--verify", action=argparse.BooleanOptionalAction, default=default.verify,
         help="compare the result with the source, and write a report beside it (default: yes)")
-    add("--dry-run", action="store_true", help="only print what would be done")
+    add("--dry-run", action="store_true", help="only print what would be done (a Hub checkpoint is downloaded even so)")
     add("--upload-repo", help="upload the result to this repository of the Hub (the drafter to <name>-assistant)")
     return cli
 
@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(conversion.described() if settings["dry_run"] else conversion.summary())
         return 0
 
-    return guarded(run, "interrupted: what is whole is kept, and the same command goes on from there")
+    return guarded(run, "interrupted: what is whole is kept, and the same command resumes from there")
 
 
 if __name__ == "__main__":

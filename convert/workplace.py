@@ -155,7 +155,7 @@ class Workplace:
         try:
             yield
         except OSError as error:
-            raise OutputError(f"moving the result into {self.folder.parent} failed ({said(error)}): mend that "
+            raise OutputError(f"moving the result into {self.folder.parent} failed ({said(error)}): fix that "
                               "and run the command again, nothing is lost") from error
 
     def _move(self, moves: Sequence[tuple[str, Path]], force: bool) -> None:

@@ -29,13 +29,14 @@ from mlx_mtp.checkpoint.loader import (
 from mlx_mtp.config import EngineConfig, SamplingParams
 from mlx_mtp.engine.engine import Engine
 from mlx_mtp.engine.request import FinishReason, Request, RequestStats
-from mlx_mtp.errors import PairError, RequestError
+from mlx_mtp.errors import MtpError, RequestError
 from mlx_mtp.kv_cache import KVCache, layer_shapes
 from mlx_mtp.models.drafter import Drafter
 from mlx_mtp.models.expert_calibration import choose_dispatch
+from mlx_mtp.models.moe import SwitchGLU
 from mlx_mtp.models.target import Target
 from mlx_mtp.prompt import is_batch, is_list, is_whole, tokens_of
-from mlx_mtp.spec_decode.round_costs import RoundCosts
+from mlx_mtp.spec_decode.round_costs import RoundCosts, readable
 from mlx_mtp.tokenizer import TextStream, Tokenizer
 
 Prompt = str | Sequence[int]
@@ -106,8 +107,8 @@ def load(
     """Loads a target and its drafter.
 
     model: a checkpoint folder or a Hub name; None is the small pair that comes with the package.
-    draft_model: likewise; "auto" looks for `<model>-assistant` beside the folder or on the Hub, then for Google's own;
-    "none" or None: none.
+    draft_model: likewise; "auto" looks for `<model>-assistant`, beside a folder or, given a Hub name, on the Hub, where
+    Google's own will do too; "none" or None: none.
     draft_bits: quantizes the drafter while loading. max_context: tokens to plan memory for, and the limit of prompt
     and answer together; None is the model's own limit. dtype: of the weights; None is float32 on CPU, else the
     checkpoint's own. before_reading is handed the pair while no weight is read yet, to raise early (see `check`).
@@ -162,12 +163,13 @@ def _drafter(
     for found in (folder, guess):
         if found is None:
             continue
-        drafter = load_drafter(found, target.dtype, bits)
         try:
+            drafter = load_drafter(found, target.dtype, bits)
             check_pair(target.config, drafter.config, f"{model}", f"{found}")
-        except PairError:
+        except MtpError as error:
             if found is folder:
                 raise
+            notes.append(f"a drafter by its name, but not for this model: {error}")
         else:
             return found, drafter
     notes.append(f"no drafter found for {model}: decoding without one (--draft-model names one)")
@@ -179,7 +181,7 @@ def remember(pair: Pair) -> None:
     if pair.calibration is None or sys.is_finalizing():  # a generator that nobody closed ends with the interpreter
         return
     key, measured = _costs_key(pair), pair.round_costs.to_json()
-    known = pair.calibration.read(key) or {}
+    known = readable(pair.calibration.read(key) or {})
     is_news = any(abs(seconds / known.get(rows, {}).get(k, math.inf) - 1) > NEWS
                   for rows, by_k in measured.items() for k, seconds in by_k.items())
     if is_news:
@@ -191,8 +193,9 @@ def _costs_key(pair: Pair) -> str:
     """All that the costs of rounds depend on, as far as it can be told from here."""
     sizes = [0 if model is None else _nbytes(model) for model in (pair.target, pair.drafter)]
     text = pair.target.config.text
+    plans = {str(module.plan.steps) for module in pair.target.modules() if isinstance(module, SwitchGLU)}
     return (f"rounds: {machine()}, {len(text.layers)} layers of {text.hidden_size}, {pair.target.dtype}, {sizes[0]} "
-            f"bytes, drafter {sizes[1]} bytes")
+            f"bytes, drafter {sizes[1]} bytes{''.join(f', experts {plan}' for plan in sorted(plans))}")
 
 
 @overload
@@ -324,6 +327,8 @@ def _requests(
     sampling, changes = _settings(len(prompts), settings)
     EngineConfig(**changes)  # complains of a setting before the pair is looked at
     requests = [new_request(pair, one, params) for one, params in zip(prompts, sampling, strict=True)]
+    if len(requests) == 1:
+        changes["prefix_tokens"] = 0  # nothing will begin like it
     engine = new_engine(pair, **changes)
     for request in requests:
         engine.check(request)

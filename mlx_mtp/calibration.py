@@ -76,7 +76,7 @@ class CalibrationFile:
             entries = json.loads(self.path.read_text())
         except FileNotFoundError:
             return {}
-        except (OSError, ValueError) as error:  # ValueError: neither JSON nor UTF-8
+        except (OSError, ValueError, RecursionError) as error:  # neither JSON nor UTF-8, or JSON far too deep
             self._warn(f"cannot be read ({error}); measuring anew")
             return {}
         if not isinstance(entries, dict):

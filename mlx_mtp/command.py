@@ -27,7 +27,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def guarded(run: Callable[[], int], when_interrupted: str = "interrupted") -> int:
-    """Runs a command; returns its exit code, or 2 for what the user can mend, 130 after Ctrl-C, 141 without a reader.
+    """Runs a command; returns its exit code, or 2 for what the user can fix, 130 after Ctrl-C, 141 without a reader.
 
     An MtpError is told on stderr, in one line, and so is an error of the system's, such as a full disk behind stdout.
     """
@@ -45,8 +45,8 @@ def guarded(run: Callable[[], int], when_interrupted: str = "interrupted") -> in
         _discard_stdout()
         return BROKEN_PIPE
     except OSError as error:
-        where = error.filename or "a standard stream cannot be read or written"
-        print(f"error: {where}: {error.strerror or error}; mend that and run the command again", file=sys.stderr)
+        where = error.filename or "reading or writing failed"
+        print(f"error: {where}: {error.strerror or error}; fix that and run the command again", file=sys.stderr)
         try:
             sys.stdout.flush()
         except OSError:

@@ -167,10 +167,11 @@ class QuantizationConfig:
 class SamplingParams:
     """How one request is sampled. A default exists here and nowhere else.
 
-    temperature: 0 is greedy; otherwise logits are divided by it before the filters, which come in this order.
-    min_p: drop tokens below that share of the best one's probability, in the tempered distribution.
+    temperature: 0 is greedy; otherwise logits are divided by it before the filters, which come in this order, as in
+    transformers.
     top_k: keep the k best tokens; 0 keeps all.
     top_p: keep the smallest set with that much of the probability that top_k keeps.
+    min_p: drop tokens below that share of the best one's probability.
     seed: the text is a function of prompt, settings and seed; 0 <= seed < 2**32.
     stop: strings that end the text; they are not part of it.
     """

@@ -13,7 +13,7 @@ The commands print them as one line and exit with 2; anything else is a bug and 
 
 
 class MtpError(Exception):
-    """Base of all errors that a user can cause and mend."""
+    """Base of all errors that a user can cause and fix."""
 
 
 class ConfigError(MtpError):

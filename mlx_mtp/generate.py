@@ -34,8 +34,9 @@ def parser() -> argparse.ArgumentParser:
     add("--model", help="checkpoint folder or Hub name (default: the small built-in demonstration pair)")
     add("--draft-model", default="auto", help="drafter's folder or Hub name, or 'none' (default: auto, which looks "
                                              "for <model>-assistant)")
-    add("--draft-bits", type=int, help="quantize the drafter to so many bits while loading")
-    add("--max-context", type=int, help="tokens of prompt and answer together to plan memory for")
+    add("--draft-bits", type=int, help="quantize the drafter to this many bits while loading")
+    add("--max-context", type=int, help="limit of prompt and answer together, in tokens; memory is planned for it "
+                                        "(default: the model's own)")
     given = cli.add_mutually_exclusive_group().add_argument
     given("--prompt", "-p", action="append", help="the prompt; - reads stdin; repeat it to decode several as one batch")
     given("--prompts-file", metavar="FILE",
@@ -62,7 +63,7 @@ def parser() -> argparse.ArgumentParser:
     add("--no-calibration", action="store_true", help="measure nothing and keep nothing about this machine's speed")
     add("--no-kernels", action="store_true", help="run MLX's own operations only, no GPU kernels of this package")
     add("--verbose", type=_flag, default=True, metavar="T|F", help="notes, progress and summary (default: T)")
-    add("--json", action="store_true", help="print one JSON object a completion, one a line, instead of its text")
+    add("--json", action="store_true", help="print one JSON object per completion and line, instead of its text")
     return cli
 
 
@@ -108,7 +109,9 @@ class _Work:
     def prepare(self, pair: Pair) -> None:
         """Raises what is wrong with any prompt or with the output file, and _NothingLeftError if that is complete."""
         args = self._args
-        self._engine = api.new_engine(pair, num_draft_tokens=args.num_draft_tokens, max_rows=args.max_rows)
+        prefix_tokens = EngineConfig.prefix_tokens if len(self._lines) > 1 else 0
+        self._engine = api.new_engine(pair, num_draft_tokens=args.num_draft_tokens, max_rows=args.max_rows,
+                                      prefix_tokens=prefix_tokens)
         self._jobs = batch.jobs(pair, self._engine, self._lines, lambda line: _tokens(pair, line.prompt, args),
                                 batch.model_name(args.model))
         self._lines = ()

@@ -30,6 +30,7 @@ from mlx_mtp.kv_span import Span
 # Full layers are read and grown in steps, so that shapes, and with them allocations, seldom change.
 READ_STEP = 64
 GROW_STEP = 256
+MOST_AHEAD = 2048  # positions, at most, that a buffer grows beyond what is needed
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,20 @@ def layer_shapes(config: TextConfig) -> dict[int, LayerShape]:
 
 def round_up(number: int, step: int) -> int:
     return -(-number // step) * step
+
+
+def _with_room(needed: int) -> int:
+    """Slots of a full layer that has to grow: somewhat more, so that it seldom has to."""
+    return round_up(needed + min(needed // 4, MOST_AHEAD), GROW_STEP)
+
+
+def _sized(array: mx.array, axis: int, size: int) -> mx.array:
+    """Cut, or filled up with zeros, to `size` along an axis."""
+    if size == array.shape[axis]:
+        return array
+    if size < array.shape[axis]:
+        return mx.contiguous(array[tuple(slice(size if i == axis else None) for i in range(array.ndim))])
+    return mx.pad(array, [(0, size - array.shape[axis] if i == axis else 0) for i in range(array.ndim)])
 
 
 class KVCache:
@@ -131,19 +146,16 @@ class KVCache:
 
     def join(self, other: KVCache) -> None:
         """Takes all rows of `other` behind its own (one copy of them); `other` is used up by that."""
-        used, joined = self._rows, other.rows
-        self._resize_full(max(self._full_capacity, other._full_capacity))
-        missing = used + joined - self._lengths.size
-        if missing > 0:
-            self._lengths = mx.pad(self._lengths, [(0, missing)])
-            for i, buffer in self._buffers.items():
-                self._buffers[i] = mx.pad(buffer, [(0, 0), (0, missing), (0, 0), (0, 0), (0, 0)])
-        for i, buffer in self._buffers.items():
-            theirs = other._buffers[i]
-            buffer[:, used : used + joined, :, : theirs.shape[3]] = theirs[:, :joined]
-        self._lengths[used : used + joined] = other.lengths
-        self._rows = used + joined
+        used, rows = self._rows, self._rows + other.rows
         self.bound = max(self.bound, other.bound)
+        needed = self.bound + self._slack
+        if rows > self._lengths.size or needed > self._full_capacity:
+            self._resize(rows, max(round_up(needed, GROW_STEP), min(self._full_capacity, _with_room(needed))))
+        for i, buffer in self._buffers.items():
+            slots = min(buffer.shape[3], other._buffers[i].shape[3])
+            buffer[:, used:rows, :, :slots] = other._buffers[i][:, : other.rows, :, :slots]
+        self._lengths[used:rows] = other.lengths
+        self._rows = rows
 
     def cut(self, row: int, start: int, stop: int, written: int) -> Span:
         """Copies a row's committed tokens start .. stop out (waited for, so that later updates stay in place).
@@ -170,7 +182,8 @@ class KVCache:
         assert self._rows == 1
         assert self.bound == 0
         assert spans[-1].start < length <= spans[-1].stop
-        self._resize_full(round_up(length, GROW_STEP))
+        if length > self._full_capacity:
+            self._resize(1, round_up(length, GROW_STEP))
         newest: list[Span] = []  # as far back as the sliding layers are whole and the ring reaches
         for span in reversed(spans):
             newest.insert(0, span)
@@ -210,15 +223,14 @@ class KVCache:
 
     def _grow(self, needed: int) -> None:
         if needed > self._full_capacity:
-            self._resize_full(round_up(needed + needed // 4, GROW_STEP))
+            self._resize(self._rows, _with_room(needed))
 
-    def _resize_full(self, capacity: int) -> None:
-        if capacity <= self._full_capacity:
-            return
+    def _resize(self, rows: int, capacity: int) -> None:
+        """Since that is a copy, it takes no row and no slot along that is not asked for: memory is planned by both."""
         for i, shape in self._shapes.items():
-            if shape.kind != SLIDING:
-                padding = [(0, 0), (0, 0), (0, 0), (0, capacity - self._full_capacity), (0, 0)]
-                self._buffers[i] = mx.pad(self._buffers[i], padding)
+            slots = self._ring if shape.kind == SLIDING else capacity
+            self._buffers[i] = _sized(_sized(self._buffers[i], 1, rows), 3, slots)
+        self._lengths = _sized(self._lengths, 0, rows)
         self._full_capacity = capacity
 
     def _write(self, layer: int, slots: mx.array, new: mx.array) -> None:

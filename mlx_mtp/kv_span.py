@@ -32,12 +32,14 @@ class Span:
     def split(self, at: int) -> tuple[Span, Span]:
         """The same tokens as two spans, start .. at and at .. stop: copies, so that either can be dropped alone."""
         assert self.start < at < self.stop
-        sliding_from = max(self.sliding_from, at)
-        head = Span(self.start, at, min(self.sliding_from, at), _cut(self.full, 0, at - self.start),
-                    _cut(self.sliding, 0, max(at - self.sliding_from, 0)))
-        tail = Span(at, self.stop, sliding_from, _cut(self.full, at - self.start, None),
-                    _cut(self.sliding, sliding_from - self.sliding_from, None))
-        return head, tail
+        return self.part(self.start, at), self.part(at, self.stop)
+
+    def part(self, start: int, stop: int) -> Span:
+        """A copy of the tokens start .. stop of it."""
+        assert self.start <= start < stop <= self.stop
+        sliding_from = min(max(self.sliding_from, start), stop)
+        return Span(start, stop, sliding_from, _cut(self.full, start - self.start, stop - self.start),
+                    _cut(self.sliding, max(sliding_from - self.sliding_from, 0), max(stop - self.sliding_from, 0)))
 
     def thinned(self) -> Span:
         """Without the sliding layers: a way to longer prefixes, but no place to go on from."""

@@ -85,7 +85,7 @@ class OutputFile:
         return count, size
 
     def _failure(self, error: OSError) -> RequestError:
-        return RequestError(f"{self._path} cannot be written ({error.strerror}): mend that or name another --output; "
+        return RequestError(f"{self._path} cannot be written ({error.strerror}): fix that or name another --output; "
                             "lines that were written stay, and the same command goes on after them")
 
 

@@ -14,7 +14,11 @@ from support import KINDS, golden, golden_pair, relative_error
 import mlx_mtp
 from mlx_mtp import MemoryBudgetError, Pair, PairError, RequestError, Result, SamplingParams, api, demo, device
 from mlx_mtp.api import check, new_engine, new_request, stream_requests
+from mlx_mtp.engine.prefix_cache import PrefixCache
 from mlx_mtp.engine.request import Request
+from mlx_mtp.generate import main
+from mlx_mtp.models.expert_dispatch import DispatchPlan
+from mlx_mtp.models.moe import SwitchGLU
 from mlx_mtp.tokenizer import Tokenizer
 
 PROMPT = "Explain `os.path.join`."
@@ -307,6 +311,37 @@ def test_what_rounds_take_is_remembered_for_the_next_process_unless_the_user_for
     assert not mlx_mtp.load(max_context=512, calibrate=False).round_costs.is_known
     first.calibration.path.write_text("{broken")
     assert not mlx_mtp.load(max_context=512).round_costs.is_known
+    key = api._costs_key(first)
+    first.calibration.write(key, {"1": 7, "2": {"0": None, "1": "soon", "2": 0.0}, "4": [], "x": {"0": 1.0}})
+    mlx_mtp.generate(first, PROMPT, max_tokens=20)
+    written = first.calibration.read(key)
+    assert written is not None
+    assert written["1"]["1"] > 0, "what nobody can read is replaced, and ends no answer"
+
+
+def test_costs_of_rounds_are_kept_by_the_way_to_the_experts_too() -> None:
+    mixture = mlx_mtp.load(demo.TARGET.with_name("mixture"), max_context=512, calibrate=False)
+    keys = []
+    for plan in (DispatchPlan(((0, "gather"),)), DispatchPlan(((0, "gather"), (9, "sorted")))):
+        for module in mixture.target.modules():
+            if isinstance(module, SwitchGLU):
+                module.use_dispatch(plan)
+        keys.append(api._costs_key(mixture))
+    assert keys[0] != keys[1]
+
+
+def test_what_a_single_prompt_begins_with_is_not_kept_for_others(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[int] = []
+    monkeypatch.setattr(PrefixCache, "insert", lambda self, tokens, span: kept.append(span.stop))
+    mlx_mtp.generate(pair, PROMPT, max_tokens=2)
+    main(["--prompt", PROMPT, "--max-tokens", "2"])
+    assert not kept
+    for prompts in (["--prompt", "def f("], []):
+        main(["--prompt", PROMPT, *prompts, "--max-tokens", "2"])
+        assert bool(kept) == bool(prompts)
+        kept.clear()
+    mlx_mtp.generate(pair, [PROMPT, "def f("], max_tokens=2)
+    assert len(kept) == 2
 
 
 def test_a_result_says_what_plain_decoding_would_have_taken_once_a_round_of_it_was_timed(unending: Pair) -> None:
@@ -340,5 +375,8 @@ def test_a_drafter_that_nobody_named_is_taken_only_if_it_fits(monkeypatch: pytes
         pair = mlx_mtp.load(demo.TARGET)
         assert (pair.drafter is not None) == fits
         assert any("no drafter found" in note for note in pair.notes) != fits
+        assert any(f"{guess}" in note for note in pair.notes) != fits, "why that one was not taken"
+    monkeypatch.setattr(api, "published_drafter", lambda model: demo.TARGET)  # no drafter at all
+    assert mlx_mtp.load(demo.TARGET).drafter is None
     with pytest.raises(PairError):
         mlx_mtp.load(demo.TARGET, draft_model=mixture)

@@ -27,7 +27,7 @@ def test_entries_come_back_from_a_file_that_did_not_exist(path: Path) -> None:
     assert [found.name for found in path.parent.iterdir()] == ["calibration.json"]  # no half-written file stays
 
 
-@pytest.mark.parametrize("content", [b"{ not json", b"[1, 2]", b"\xff\xfe\x00", b""])
+@pytest.mark.parametrize("content", [b"{ not json", b"[1, 2]", b"\xff\xfe\x00", b"", b"[" * 10**5])
 def test_a_corrupt_file_costs_one_warning_and_is_replaced(
     path: Path, content: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -31,7 +31,7 @@ def test_a_full_disk_behind_stdout_is_one_line() -> None:
     done = shell('"$0" -c "$1" > /dev/full', PRINTS)
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
-    assert done.stderr.startswith("error: a standard stream cannot be read or written: No space left")
+    assert done.stderr.startswith("error: reading or writing failed: No space left")
 
 
 @pytest.mark.parametrize(("closed", "out"), [("<&-", "text\n"), (">&-", ""), ("2>&-", "text\n"), ("<&- >&- 2>&-", "")])

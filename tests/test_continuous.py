@@ -13,9 +13,10 @@ from support import ReplayDrafter, decode, golden_pair, random_prompts
 
 from mlx_mtp import device
 from mlx_mtp.config import EngineConfig, SamplingParams
+from mlx_mtp.engine import engine as engine_module
 from mlx_mtp.engine.engine import Engine
 from mlx_mtp.engine.request import Request
-from mlx_mtp.errors import MemoryBudgetError, QueueFullError
+from mlx_mtp.errors import MemoryBudgetError, QueueFullError, RequestError
 
 VOCABULARY = 256
 
@@ -195,6 +196,7 @@ def test_aborting_what_has_finished_or_never_was_does_nothing() -> None:
     target, drafter = golden_pair("dense")
     engine = Engine(target, drafter, EngineConfig())
     request = Request([2, 3], SamplingParams(3), frozenset(), 4096)
+    assert not engine.abort(0), "of the id that the next request gets"
     engine.submit(request)
     while not request.is_finished:
         engine.step()
@@ -246,6 +248,40 @@ def test_requests_are_taken_from_any_thread_and_a_full_queue_says_so() -> None:
     assert len({request.id for request in accepted}) == 20
     drain(engine)
     assert all(len(request.tokens) == 5 for request in accepted)
+
+
+def test_a_job_waits_where_others_have_just_filled_the_queue() -> None:
+    target, drafter = golden_pair("dense")
+    engine = Engine(target, drafter, EngineConfig(max_rows=1, max_waiting=1))
+    foreign, *mine = [Request([2, 3 + i], SamplingParams(5), frozenset(), 4096) for i in range(4)]
+    engine.submit(foreign)
+    for _ in engine.run(mine):
+        pass
+    assert [len(request.tokens) for request in (foreign, *mine)] == [5] * 4
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_an_engine_whose_step_was_broken_off_gives_no_more_tokens(
+    error: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The device has committed a round that the host has not read: going on would leave it out of the text."""
+    target, drafter = golden_pair("dense")
+    engine = Engine(target, drafter, EngineConfig())
+    request = Request([2, 3], SamplingParams(50), frozenset(), 4096)
+    engine.submit(request)
+    while len(request.tokens) < 5:
+        engine.step()
+
+    def broken(output: object) -> None:
+        raise error
+
+    with monkeypatch.context() as patched:
+        patched.setattr(engine_module, "read", broken)
+        with pytest.raises(error):
+            engine.step()
+    for _ in range(2):
+        with pytest.raises(RequestError, match=r"was broken off: make a new one \(mlx_mtp\.new_engine\)"):
+            engine.step()
 
 
 def test_a_caller_who_has_enough_leaves_nothing_behind() -> None:

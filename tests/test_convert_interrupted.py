@@ -207,7 +207,7 @@ def test_ctrl_c_keeps_what_is_whole_and_says_so(
     with monkeypatch.context() as patch:
         patch.setattr(stream._ShardFile, "finish", interrupt)
         assert convert(source, tmp_path / "out", "-q") == 130
-    assert "what is whole is kept, and the same command goes on from there" in capsys.readouterr().err
+    assert "what is whole is kept, and the same command resumes from there" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     (shard,) = (tmp_path / ".out.partial" / "target").glob("*.safetensors")
     inode = shard.stat().st_ino

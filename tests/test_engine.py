@@ -147,6 +147,13 @@ def test_only_what_became_text_is_counted_as_accepted() -> None:
     cut.receive([5])
     cut.receive([7, 8, 9, 6], drafted=3)
     assert (cut.stop_after(3), cut.tokens, cut.accepted_counts) == (2, [5, 7, 8], [2])
+    assert cut.tokens_by_rows == {1: 2}, "nor would plain decoding have run them"
+    cut.stop_after(0)
+    assert (cut.accepted_counts, cut.tokens_by_rows) == ([0], {1: 0})
+
+
+def test_a_request_that_was_given_up_before_its_first_token_says_so() -> None:
+    assert Request([2], SamplingParams(50), frozenset(), 100).stats(peak_memory=0.0).ttft == 0.0
 
 
 def test_acceptance_at_a_position_counts_the_rounds_that_got_so_far() -> None:

@@ -204,3 +204,37 @@ def test_an_update_is_in_place_whatever_the_capacity() -> None:
     mx.eval(cache.arrays)
     row = sum(array.nbytes for array in cache.arrays[1:]) / 2
     assert mx.get_peak_memory() - before <= 1.1 * row, "ending a row copies one row"
+
+
+def ran(rows: int, tokens: int) -> KVCache:
+    """Rows after a prompt of so many tokens, as the engine runs it."""
+    cache = KVCache(SHAPES, WINDOW, 3, rows, mx.float32, tokens + 3)
+    stage = cache.stage(tokens, mx.array([tokens] * rows))
+    for layer, shape in SHAPES.items():
+        new = mx.ones((rows, shape.num_kv_heads, tokens, HEAD_DIM))
+        stage.put(layer, new, new)
+    cache.commit(mx.array([tokens] * rows), tokens)
+    return cache
+
+
+def test_rows_that_ended_and_room_that_nobody_needs_are_left_behind_when_others_join() -> None:
+    """What is held is what the scheduler plans with: rows times the longest."""
+    many = ran(8, 10)
+    for _ in range(7):
+        many.drop_row(0)
+    many.join(ran(1, 3000))
+    assert [array.shape[1] for array in many.arrays[1:]] == [2, 2]
+    assert many.arrays[2].shape[3] == kv_cache.round_up(3000 + 3, kv_cache.GROW_STEP)
+    assert many.lengths.tolist() == [10, 3000]
+    many.drop_row(1)
+    many.tighten(10)
+    many.join(ran(6, 10))
+    assert [array.shape[1] for array in many.arrays[1:]] == [7, 7]
+    assert many.arrays[2].shape[3] == kv_cache.GROW_STEP
+    assert many.lengths.tolist() == [10] * 7
+
+
+def test_a_long_row_grows_by_no_more_than_an_answer() -> None:
+    cache = ran(1, 20_000)
+    cache.stage(300, mx.array([300]))
+    assert 20_300 < cache.arrays[2].shape[3] <= 20_300 + kv_cache.MOST_AHEAD + kv_cache.GROW_STEP

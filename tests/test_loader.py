@@ -19,6 +19,7 @@ from mlx_mtp.checkpoint import memory
 from mlx_mtp.checkpoint.loader import load_drafter, load_target, materialize
 from mlx_mtp.checkpoint.weights import SHARED_KV_REASON, written_name
 from mlx_mtp.config import EngineConfig
+from mlx_mtp.kv_cache import GROW_STEP, round_up
 from mlx_mtp.models.drafter import Drafter
 from mlx_mtp.models.target import Target
 
@@ -327,10 +328,12 @@ def test_no_model_is_the_built_in_pair_and_a_note_says_so() -> None:
 
 
 def needed_bytes(context: int) -> tuple[int, int]:
-    """Weights and cache of the built-in target alone."""
+    """Weights and cache of the built-in target alone; the cache grows in steps."""
     target, _ = load_target(demo.TARGET, mx.float32)
     weights = sum(array.nbytes for _, array in tree_flatten(target.parameters()))
-    return weights, memory.cache_bytes(target.config.text, context, EngineConfig().ring_slack, mx.float32)
+    slack = EngineConfig().ring_slack
+    held = round_up(context + slack, GROW_STEP)
+    return weights, memory.cache_bytes(target.config.text, held, slack, mx.float32)
 
 
 def test_a_context_that_does_not_fit_is_refused_and_the_advised_one_loads(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -341,7 +344,9 @@ def test_a_context_that_does_not_fit_is_refused_and_the_advised_one_loads(monkey
         load(demo.TARGET, draft_model=None)
     advised = int(str(refusal.value).split("a context of ")[1].split()[0])
     assert 2048 - memory.MIN_CONTEXT <= advised <= 2048
-    assert load(demo.TARGET, draft_model=None, max_context=advised).max_context == advised
+    pair = load(demo.TARGET, draft_model=None, max_context=advised)
+    assert pair.max_context == advised
+    api.check(pair, [2] * (advised - 1), max_tokens=1)  # the engine has room for it too
     with pytest.raises(MemoryBudgetError):
         load(demo.TARGET, draft_model=None, max_context=advised + memory.MIN_CONTEXT)
 

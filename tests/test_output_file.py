@@ -86,7 +86,7 @@ def test_two_jobs_do_not_write_to_one_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("name", "message"), [
-    ("nowhere/out.jsonl", r"cannot be written \(No such file or directory\): mend that or name another --output"),
+    ("nowhere/out.jsonl", r"cannot be written \(No such file or directory\): fix that or name another --output"),
     (".", r"cannot be written \(Is a directory\)"),
 ])
 def test_what_cannot_be_opened_is_one_line(name: str, message: str, tmp_path: Path) -> None:
@@ -97,7 +97,7 @@ def test_what_cannot_be_opened_is_one_line(name: str, message: str, tmp_path: Pa
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
 def test_a_full_disk_is_one_line_and_a_device_is_not_read() -> None:
     output = OutputFile(Path("/dev/full"), NAMES)  # it reads as zeros without end
-    with pytest.raises(RequestError, match=r"/dev/full cannot be written \(No space left on device\): mend"):
+    with pytest.raises(RequestError, match=r"/dev/full cannot be written \(No space left on device\): fix"):
         output.write(answer(0))
     assert output.done == 0
     output.close()

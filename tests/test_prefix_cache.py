@@ -112,6 +112,24 @@ def test_windows_inside_of_texts_go_first_then_the_ends_of_the_texts_used_longes
     assert cache.match([*old, 1]) == 0, "used longest ago"
 
 
+def test_a_beginning_that_many_texts_share_stays_usable_when_memory_is_short() -> None:
+    cache, system = PrefixCache(WINDOW, 450 * TOKEN_BYTES), list(range(120))
+    found = []
+    for document in range(8):
+        text = [*system, *range(1000 * (1 + document), 1000 * (1 + document) + 200)]
+        length, spans = cache.take(text)
+        found.append(length)
+        if length:
+            check_keys(text, length, spans)
+        for start in range(length, len(text), 50):
+            cache.insert(text, span_of(text, start, min(start + 50, len(text))))
+            assert cache.nbytes <= 450 * TOKEN_BYTES
+            assert cache.nbytes == sum(node.span.nbytes for node in cache._root.below() if node.span is not None)
+    assert found[1] == 120, "there was room for all"
+    assert found.count(0) == 2, "the first, and the one after its window was freed"
+    assert found[-3:] == [120] * 3
+
+
 def test_what_does_not_fit_or_does_not_follow_is_not_kept() -> None:
     text = list(range(300))
     cache = PrefixCache(WINDOW, 100 * TOKEN_BYTES)

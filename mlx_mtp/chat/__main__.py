@@ -41,8 +41,9 @@ def parser() -> argparse.ArgumentParser:
     add("--model", help="checkpoint folder or Hub name (default: the small built-in demonstration pair)")
     add("--draft-model", default=api.AUTO, help="drafter's folder or Hub name, or 'none' (default: auto, which looks "
                                                "for <model>-assistant)")
-    add("--draft-bits", type=int, help="quantize the drafter to so many bits while loading")
-    add("--max-context", type=int, help="tokens of the conversation that the model sees, to plan memory for")
+    add("--draft-bits", type=int, help="quantize the drafter to this many bits while loading")
+    add("--max-context", type=int, help="limit of what the model sees of the conversation, in tokens; memory is "
+                                        "planned for it (default: the model's own)")
     add("--no-calibration", action="store_true", help="measure nothing and keep nothing about this machine's speed")
     add("--no-kernels", action="store_true", help="run MLX's own operations only, no GPU kernels of this package")
     add("--system-prompt", help="instructions put before the conversation")
@@ -112,7 +113,7 @@ def _session(args: argparse.Namespace, model: str | None, settings: Settings, vi
 def telling(view: View, is_vital: bool = True) -> Iterator[None]:
     """What cannot be done in here is told in a line, and the chat goes on without it.
 
-    is_vital: where nobody is there who could mend it, an answer without it would be to something else, so it is raised.
+    is_vital: where nobody is there to fix it, an error is raised: an answer without it would be to something else.
     """
     try:
         yield

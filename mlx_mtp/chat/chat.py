@@ -97,11 +97,11 @@ class Chat:
         if self._session is not None and settings.num_draft_tokens != self.settings.num_draft_tokens:
             self._session.use(settings.num_draft_tokens)
         if settings.thinking != "off":
-            self._check(lambda tokenizer: tokenizer.can_think, "this model's chat template knows no thinking")
+            self._check(lambda tokenizer: tokenizer.can_think, "this model's chat template has no thinking mode")
         self.settings = settings
 
     def use_tools(self, toolbox: Toolbox) -> None:
-        self._check(lambda tokenizer: tokenizer.can_call_tools, "this model's chat template knows no tools")
+        self._check(lambda tokenizer: tokenizer.can_call_tools, "this model's chat template does not support tools")
         self.toolbox = toolbox
 
     def change_model(self, name: str) -> None:
@@ -115,7 +115,7 @@ class Chat:
         self.used = 0
         if self.toolbox.functions and not self._session.pair.tokenizer.can_call_tools:
             self.toolbox = Toolbox()
-            self.view.note("this model's chat template knows no tools: none are offered")
+            self.view.note("this model's chat template does not support tools: none are offered")
         for text in self._session.pair.notes:
             self.view.note(text)
 

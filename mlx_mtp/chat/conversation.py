@@ -129,7 +129,7 @@ class Conversation:
             if messages and messages[0].role != "user":
                 raise TypeError("the first message is not the user's")
         except (TypeError, KeyError) as error:
-            raise RequestError(f"{path} holds a broken conversation ({error}): mend it, or name another file"
+            raise RequestError(f"{path} holds a broken conversation ({error}): fix it, or name another file"
                                ) from error
         conversation = Conversation(messages, system, 0, model)
         conversation.left_out = max(0, min(left_out, len(conversation.turns) - 1))
@@ -171,7 +171,7 @@ def write_whole(path: Path, text: str) -> None:
                 os.unlink(name)
             raise
     except OSError as error:
-        raise RequestError(f"{path} cannot be written ({error.strerror}): mend that, or /save to another place"
+        raise RequestError(f"{path} cannot be written ({error.strerror}): fix that, or /save to another place"
                            ) from error
 
 

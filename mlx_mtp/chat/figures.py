@@ -41,7 +41,7 @@ def report(answers: Sequence[RequestStats], context: int, used: int, width: int)
         f"prompts: {prompts} tokens, {reused} of them reused",
         f"context: {used} of {context} tokens",
     ]
-    if answers:
+    if answers and answers[-1].ttft:
         lines.append(f"last answer: first token after {answers[-1].ttft:.2f} s")
     if drafted:
         lines.append(f"drafts: {accepted} of {drafted} accepted, mean acceptance length {1 + accepted / rounds:.2f}")

@@ -134,7 +134,7 @@ class Session:
                 result = segment.result
                 if is_stopped():
                     self._engine.abort(request.id)
-        except KeyboardInterrupt:  # came in the middle of a step: what the engine holds may be half done
+        except BaseException:  # came in the middle of a step, maybe: what the engine holds may be half done
             self.use(self._num_draft_tokens)
             raise
         finally:

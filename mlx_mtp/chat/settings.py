@@ -79,7 +79,7 @@ def load(path: Path) -> Settings:
     except FileNotFoundError:
         return Settings()
     except (OSError, ValueError, RecursionError, RequestError) as error:
-        raise RequestError(f"{path} cannot be used ({error}): mend or delete it") from error
+        raise RequestError(f"{path} cannot be used ({error}): fix or delete it") from error
 
 
 def save(settings: Settings, path: Path) -> None:

@@ -31,7 +31,7 @@ class Toolbox:
         try:
             names = runpy.run_path(str(path), run_name=path.stem)
         except (Exception, SystemExit) as error:  # a user's file may raise anything
-            raise RequestError(f"the tools file {path} cannot be run ({_shown(error)}): mend it or name another"
+            raise RequestError(f"the tools file {path} cannot be run ({_shown(error)}): fix it or name another"
                                ) from error
         found = {name: value for name, value in names.items()
                  if inspect.isfunction(value) and value.__module__ == path.stem and not name.startswith("_")}

@@ -63,8 +63,9 @@ def parser() -> argparse.ArgumentParser:
     add("--model", help="checkpoint folder or Hub name (default: the small built-in demonstration pair)")
     add("--draft-model", default=api.AUTO, help="drafter's folder or Hub name, or 'none' (default: auto, which looks "
                                                "for <model>-assistant)")
-    add("--draft-bits", type=int, help="quantize the drafter to so many bits while loading")
-    add("--max-context", type=int, help="tokens of prompt and answer together to plan memory for")
+    add("--draft-bits", type=int, help="quantize the drafter to this many bits while loading")
+    add("--max-context", type=int, help="limit of prompt and answer together, in tokens; memory is planned for it "
+                                        "(default: the model's own)")
     add("--prompts-file", metavar="FILE", help="prompts to decode instead of the bundled ones, one a line as for "
                                                "generate (- reads stdin); a line with settings of its own is decoded "
                                                "with these alone")

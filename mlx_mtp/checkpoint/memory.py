@@ -7,7 +7,7 @@ import mlx.core as mx
 from mlx_mtp.config import SLIDING, TextConfig
 from mlx_mtp.device import WORKING_SPACE
 from mlx_mtp.errors import MemoryBudgetError
-from mlx_mtp.kv_cache import layer_shapes
+from mlx_mtp.kv_cache import GROW_STEP, layer_shapes, round_up
 
 GB = 1e9
 MIN_CONTEXT = 256  # the least that is worth advising, and the step of advice
@@ -24,17 +24,18 @@ def cache_bytes(config: TextConfig, context: int, slack: int, dtype: mx.Dtype) -
 def check_memory(config: TextConfig, weight_bytes: int, context: int, slack: int, dtype: mx.Dtype, budget: int) -> None:
     """Raises MemoryBudgetError, with what would fit instead, if weights and one row's cache exceed `budget` bytes."""
     usable = budget * (1 - WORKING_SPACE)
-    cache = cache_bytes(config, context, slack, dtype)
+    cache = cache_bytes(config, round_up(context + slack, GROW_STEP), slack, dtype)
     if weight_bytes + cache <= usable:
         return
-    message = (f"needs {(weight_bytes + cache) / GB:.1f} GB (weights {weight_bytes / GB:.1f}, cache for {context} "
-               f"tokens {cache / GB:.1f}), but the device has {usable / GB:.1f} GB for them: ")
+    message = (f"the model needs {(weight_bytes + cache) / GB:.1f} GB (weights {weight_bytes / GB:.1f}, cache for "
+               f"{context} tokens {cache / GB:.1f}), but the device has {usable / GB:.1f} GB for them: ")
     per_token = (cache_bytes(config, 2, slack, dtype) - cache_bytes(config, 1, slack, dtype)) or 1
     room = usable - weight_bytes - cache_bytes(config, 0, slack, dtype)
-    if room >= MIN_CONTEXT * per_token:
-        fitting = int(room / per_token) // MIN_CONTEXT * MIN_CONTEXT
+    fitting = (int(room / per_token) // GROW_STEP * GROW_STEP - slack) // MIN_CONTEXT * MIN_CONTEXT
+    if fitting >= MIN_CONTEXT:
         raise MemoryBudgetError(message + f"a context of {fitting} tokens would fit (--max-context)")
-    share = int(100 * (usable - cache_bytes(config, min(context, MIN_CONTEXT), slack, dtype)) / weight_bytes)
+    least = cache_bytes(config, round_up(min(context, MIN_CONTEXT) + slack, GROW_STEP), slack, dtype)
+    share = int(100 * (usable - least) / weight_bytes)
     if share < 1:
         raise MemoryBudgetError(message + "use a smaller model")
     raise MemoryBudgetError(message + f"use a checkpoint with at most {share}% of this one's bytes (a quantized one), "

@@ -23,14 +23,14 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from mlx_mtp import device
-from mlx_mtp.config import AUTO, SLIDING, EngineConfig
+from mlx_mtp.config import SLIDING, EngineConfig
 from mlx_mtp.engine.prefix_cache import PrefixCache
 from mlx_mtp.engine.request import Request
 from mlx_mtp.engine.scheduler import CacheCosts, Scheduler
-from mlx_mtp.errors import RequestError
+from mlx_mtp.errors import QueueFullError, RequestError
 from mlx_mtp.kv_cache import GROW_STEP, KVCache, layer_shapes
 from mlx_mtp.models.target import Target
-from mlx_mtp.spec_decode.draft_length import AdaptiveLength, DraftLength, FixedLength
+from mlx_mtp.spec_decode.draft_length import draft_length
 from mlx_mtp.spec_decode.loop import (
     DecodeState,
     DraftModel,
@@ -90,7 +90,7 @@ class Engine:
     ) -> None:
         """costs: what rounds were measured to take, for K = "auto"; engines of the same pair can share them."""
         self._target, self._drafter, self._config = target, drafter, config
-        self._draft_length = _draft_length(drafter, config, costs)
+        self._draft_length = draft_length(config, drafter is not None, costs or RoundCosts())
         cache_costs, prefix_bytes, memory = _budget(target, drafter, config)
         self._most_scores = device.memory_bytes() * device.WORKING_SPACE * SCORES_SHARE
         self._prefixes = PrefixCache(target.config.text.window, prefix_bytes)
@@ -101,6 +101,7 @@ class Engine:
         self._is_disturbed = True  # the device has other work than rounds before the next one
         self._landed_at = 0.0
         self._launched = 0
+        self._is_broken = False  # true also while a step runs
         self._lock = threading.Lock()  # of the queue and of what follows
         self._live: dict[int, Request] = {}
         self._aborted: list[int] = []
@@ -143,14 +144,25 @@ class Engine:
         """Ends a request wherever it is, by the next step; whether the engine still had it (a finished one leaves with
         the next step)."""
         with self._lock:
-            self._aborted.append(request_id)
-            return request_id in self._live
+            is_live = request_id in self._live
+            if is_live:
+                self._aborted.append(request_id)
+            return is_live
 
     def step(self) -> list[Event]:
         """Runs at most one prefill chunk and one round. Returns the tokens of the round before, and who was aborted.
 
         Stop strings are not looked for: a request that the caller ends (`Request.stop_after`) leaves at the next step.
+        Raises RequestError where an earlier step was broken off: what is known of the rows may be half of it.
         """
+        if self._is_broken:
+            raise RequestError("a step of this engine was broken off: make a new one (mlx_mtp.new_engine)")
+        self._is_broken = True
+        events = self._step()
+        self._is_broken = False
+        return events
+
+    def _step(self) -> list[Event]:
         events = self._abort()
         self._compact()
         with self._lock:
@@ -184,8 +196,11 @@ class Engine:
         try:
             with device.wired_memory():
                 while mine or following is not None:
-                    while following is not None and len(mine) < 2 * self._config.max_rows and self._scheduler.has_room:
-                        self.submit(following)
+                    while following is not None and len(mine) < 2 * self._config.max_rows:
+                        try:
+                            self.submit(following)
+                        except QueueFullError:
+                            break  # others fill the queue
                         mine.add(following)
                         total += len(following.prompt)
                         following = next(upcoming, None)
@@ -364,16 +379,6 @@ class Engine:
         if timed.num_draft_tokens is not None:
             seconds = took if flight.is_timed and timed.is_timed else None
             self._draft_length.observe_seconds(len(timed.rows), timed.num_draft_tokens, seconds)
-
-
-def _draft_length(drafter: DraftModel | None, config: EngineConfig, costs: RoundCosts | None) -> DraftLength:
-    if drafter is None:
-        return FixedLength(0)
-    if config.num_draft_tokens == AUTO:
-        if config.max_draft_tokens == 0:
-            return FixedLength(0)
-        return AdaptiveLength(config.max_draft_tokens, costs or RoundCosts())
-    return FixedLength(config.num_draft_tokens)
 
 
 def _budget(target: Target, drafter: DraftModel | None, config: EngineConfig) -> tuple[CacheCosts, int, int]:

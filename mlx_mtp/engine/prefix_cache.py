@@ -7,7 +7,8 @@ however many prompts begin with it, and an answer hangs below the prompt it belo
                   └──[another question]
 
 A row may go on from a position only if the window before it is whole in the sliding layers. Chunks of a prompt are
-whole; of an answer only what the ring still held is; thinned nodes have nothing.
+whole; of an answer only what the ring still held is; thinned nodes have nothing, until a text that begins alike has run
+them again: then they keep it.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ class _Node:
     span: Span | None  # None for the root only
     parent: _Node | None
     last_used: int = 0
+    is_wanted: bool = False  # was missed when it was thinned, and is not thinned again
     children: dict[int, _Node] = field(default_factory=dict)  # by first token
 
     @property
@@ -67,21 +69,32 @@ class PrefixCache:
         tokens: the row's from position 0 on.
         """
         node, matched = self._walk(tokens[: span.stop])
-        if matched >= span.stop or matched < span.start or span.nbytes > self._budget:
+        if matched < span.start or span.nbytes > self._budget:
             return
-        if matched > span.start:
-            span = span.split(matched)[1]
-        if matched < node.stop:
-            node = self._split(node, matched)
-        span.finish()
         self._clock += 1
-        new = _Node(tuple(tokens[span.start : span.stop]), span, node, self._clock)
-        node.children[new.tokens[0]] = new
-        self.nbytes += span.nbytes
+        if matched < span.stop:
+            if matched < node.stop:
+                node = self._split(node, matched)
+            rest = span if matched == span.start else span.part(matched, span.stop)
+            rest.finish()
+            new = _Node(tuple(tokens[matched : span.stop]), rest, node, self._clock)
+            node.children[new.tokens[0]] = new
+            self.nbytes += rest.nbytes
+        self._thicken(node, span)
         while node.span is not None and node.parent is not None:
             node.last_used = self._clock
             node = node.parent
         self._shrink()
+
+    def _thicken(self, node: _Node, span: Span) -> None:
+        """Gives thinned nodes, from this one up, what `span` has of them: its row had to run them again."""
+        while node.span is not None and node.parent is not None and node.span.start >= span.start:
+            if node.span.sliding_from == node.stop <= span.stop and span.sliding_from <= node.span.start:
+                part = span.part(node.span.start, node.stop)
+                part.finish()
+                self.nbytes += part.nbytes - node.span.nbytes
+                node.span, node.is_wanted = part, True
+            node = node.parent
 
     def _walk(self, tokens: Sequence[int]) -> tuple[_Node, int]:
         """The deepest node that `tokens` reach, and how many of them it and those above it spell."""
@@ -129,7 +142,7 @@ class PrefixCache:
         for part in (head, tail):
             part.finish()
         count = at - head.start
-        upper = _Node(node.tokens[:count], head, node.parent, node.last_used)
+        upper = _Node(node.tokens[:count], head, node.parent, node.last_used, node.is_wanted)
         node.parent.children[upper.tokens[0]] = upper
         node.tokens, node.span, node.parent = node.tokens[count:], tail, upper
         upper.children[node.tokens[0]] = node
@@ -154,6 +167,6 @@ class PrefixCache:
 
     def _is_passed_through(self, node: _Node) -> bool:
         """Whether a node's window serves no text that ends below it, and is there to be freed."""
-        if node.span is None or node.span.sliding_from == node.span.stop or not node.children:
+        if node.span is None or node.span.sliding_from == node.span.stop or not node.children or node.is_wanted:
             return False
         return all(below.children or below.stop - self._window >= node.stop for below in node.below())

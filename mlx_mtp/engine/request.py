@@ -23,10 +23,10 @@ class RequestStats:
     rounds: target passes after the prefill. drafted, accepted: draft tokens proposed, and those that became text (what
     comes after a stop does not count). accepted_at[i]: rounds in which at least i + 1 drafts did. rounds_by_length: of
     the rounds, how many proposed K drafts, by K.
-    mean_acceptance_length: tokens a round, 1 + accepted / rounds. prompt_tps, generation_tps: tokens/s of the
-    prefill (what was reused not counted) and of decoding after the first token; of a few rounds that says little, since
-    a CPU's first token may be read when the next round is nearly done. ttft: seconds from submission to the
-    first token. plain_seconds: what its rounds would have taken without drafts, by the rounds of K = 0 that were
+    mean_acceptance_length: tokens a round, 1 + accepted / rounds. prompt_tps, generation_tps: tokens/s of the prefill
+    (what was reused not counted) and of decoding after the first token; of a few rounds that says little, since a CPU's
+    first token may be read when the next round is nearly done. ttft: seconds from submission to the first token, 0.0 if
+    none came. plain_seconds: what its rounds would have taken without drafts, by the rounds of K = 0 that were
     measured; None if none was. peak_memory: GB that MLX held at most since the generation began.
     """
 
@@ -68,7 +68,8 @@ class Request:
     rounds_by_length: Counter[int] = field(default_factory=Counter)
     tokens_by_rows: Counter[int] = field(default_factory=Counter)  # of the batch that they came in
     accepted_counts: list[int] = field(default_factory=list)
-    last_taken: int = 0
+    last_taken: int = 0  # tokens, by the last round, and rows of its batch
+    last_rows: int = 0
     submitted: float = field(default_factory=time.perf_counter)
     prefill_began_at: float = 0.0
     first_token_at: float = 0.0
@@ -130,7 +131,7 @@ class Request:
                 self.finish_reason = "length"
                 break
         self.tokens += taken
-        self.last_taken = len(taken)
+        self.last_taken, self.last_rows = len(taken), rows
         if drafted is not None:
             self.rounds_by_length[drafted] += 1
             self.tokens_by_rows[rows] += len(taken)
@@ -143,14 +144,17 @@ class Request:
         del self.tokens[count:]
         self.finish_reason = "stop"
         if self.accepted_counts:
-            self.accepted_counts[-1] = min(self.accepted_counts[-1], self.last_taken - surplus)
+            kept = max(self.last_taken - surplus, 0)
+            self.accepted_counts[-1] = min(self.accepted_counts[-1], kept)
+            self.tokens_by_rows[self.last_rows] -= self.last_taken - kept
+            self.last_taken = kept
         return surplus
 
     def stats(self, peak_memory: float, plain_seconds: float | None = None) -> RequestStats:
         """What only the engine knows, `Engine.plain_seconds`, and what only MLX does are the caller's to give."""
         accepted = sum(self.accepted_counts)
         longest = max(self.accepted_counts, default=0)
-        ttft = self.first_token_at - self.submitted
+        ttft = self.first_token_at - self.submitted if self.first_token_at else 0.0
         prefill = self.first_token_at - self.prefill_began_at
         decoding = self.last_token_at - self.first_token_at
         return RequestStats(

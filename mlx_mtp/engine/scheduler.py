@@ -66,13 +66,9 @@ class Scheduler:
     def is_idle(self) -> bool:
         return not (self.waiting or self.prefilling or self.decoding)
 
-    @property
-    def has_room(self) -> bool:
-        return len(self.waiting) < self._config.max_waiting
-
     def submit(self, request: Request) -> None:
         """Queues a request. Raises QueueFullError, and MemoryBudgetError for one that could never run."""
-        if not self.has_room:
+        if len(self.waiting) >= self._config.max_waiting:
             raise QueueFullError(f"{len(self.waiting)} requests wait already, which is the limit (max_waiting): try "
                                  "again when some have finished")
         self.check(request)
@@ -84,8 +80,8 @@ class Scheduler:
         if needed > self._memory:
             raise MemoryBudgetError(
                 f"a prompt of {len(request.prompt)} tokens and its answer need {needed / GB:.2f} GB of cache, but the "
-                f"device has {self._memory / GB:.2f} GB for it beside the weights: shorten the prompt or lower "
-                "max_tokens")
+                f"device has {self._memory / GB:.2f} GB for it beside the weights and kept prefixes: shorten the "
+                "prompt or lower max_tokens")
 
     def plan(self) -> Plan:
         """Admits what fits and says what to run now."""

@@ -157,7 +157,7 @@ def most_tiles(routes: int, num_experts: int, height: int) -> int:
 def tiles_of(flat: mx.array, num_experts: int, height: int) -> Tiles:
     """flat: [R], each route's expert -> its tiles, T = most_tiles(...) of them.
 
-    routes by expert    0 0 0 | 2 2 | 3            height 2, 4 experts: 6 // 2 + ... = 4 tiles
+    routes by expert    0 0 0 | 2 2 | 3            height 2, 4 experts: (6 + 4) // 2 = 5 tiles, 4 needed
     tiles               0 0   0 -   2 2   3 -      slots 0 1 2 4 5 6
     """
     order = mx.argsort(flat)

@@ -16,6 +16,7 @@ from operator import mul, truediv
 from random import Random
 from typing import Protocol
 
+from mlx_mtp.config import AUTO, EngineConfig
 from mlx_mtp.spec_decode.round_costs import USUAL_ACCEPTANCE, RoundCosts
 
 MEMORY = 120  # rounds after which an observation counts for 1/e
@@ -78,6 +79,15 @@ class FixedLength:
 
     def plain_seconds(self, tokens_by_rows: Mapping[int, int]) -> float | None:
         return None
+
+
+def draft_length(config: EngineConfig, has_drafter: bool, costs: RoundCosts) -> DraftLength:
+    """What `config` asks for. costs: what "auto" knows of rounds, and adds to."""
+    if not has_drafter:
+        return FixedLength(0)
+    if config.num_draft_tokens != AUTO:
+        return FixedLength(config.num_draft_tokens)
+    return AdaptiveLength(config.max_draft_tokens, costs) if config.max_draft_tokens else FixedLength(0)
 
 
 class Acceptance:
@@ -146,11 +156,11 @@ class Acceptance:
 class AdaptiveLength:
     """Never slower than the best fixed K for long: each K runs as often as it may be the best one.
 
-    It goes by costs that are drawn from what they may be: what is well timed and best runs nearly always, what is as
-    good nearly as often, what is dear for certain never, and what is hardly known now and then. Choosing takes time: so
-    the K in use is kept where another promises little more, and what was chosen often in a row stands for some rounds.
-    Where plain decoding is best nobody hears whether drafts would be right by now. So one is tried, at falling
-    frequency, and in between plain decoding stands.
+    It goes by costs that are drawn from what they may be (Thompson sampling): what is well timed and best runs nearly
+    always, what is as good nearly as often, what is sure to be dear never, and what is hardly known now and then.
+    Choosing takes time: so the K in use is kept where another promises little more, and what was chosen often in a row
+    stands for some rounds. Where plain decoding is best nobody hears whether drafts would be right by now. So one is
+    tried, at falling frequency, and in between plain decoding stands.
     """
 
     def __init__(self, longest: int, costs: RoundCosts, seed: int = 0) -> None:

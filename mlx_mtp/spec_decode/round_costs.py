@@ -131,12 +131,9 @@ class RoundCosts:
                 for rows, width in self._widths.items()}
 
     def restore(self, raw: Mapping[str, Any]) -> None:
-        """Takes what `to_json` gave as one timing each. Whatever else `raw` holds is left aside: it was a cache."""
-        for rows, by_k in raw.items():
-            for k, seconds in by_k.items() if isinstance(by_k, Mapping) else ():
-                is_time = isinstance(seconds, float) and SHORTEST_ROUND < seconds < LONGEST_ROUND
-                if is_time and rows.isdecimal() and k.isdecimal():
-                    self._restored.setdefault(int(rows), {})[int(k)] = seconds
+        """Takes what `to_json` gave as one timing each, as far as it is readable."""
+        for rows, by_k in readable(raw).items():
+            self._restored.setdefault(int(rows), {}).update({int(k): seconds for k, seconds in by_k.items()})
 
     def _width(self, rows: int, longest: int) -> _Width:
         """The filter for these rows; a new one begins with what is known of them, or of the nearest width."""
@@ -148,6 +145,16 @@ class RoundCosts:
             width = self._widths[rows] = _Width(longest, self._widest_block)
             width.begin(known.get(nearest, {}), NOISE if nearest == rows else OTHER_WIDTH_DOUBT)
         return width
+
+
+def readable(raw: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """What `RoundCosts.to_json` gave. Whatever else `raw` holds is left aside: it was a cache."""
+    found = {
+        rows: {k: seconds for k, seconds in by_k.items()
+               if k.isdecimal() and isinstance(seconds, float) and SHORTEST_ROUND < seconds < LONGEST_ROUND}
+        for rows, by_k in raw.items() if rows.isdecimal() and isinstance(by_k, Mapping)
+    }
+    return {rows: by_k for rows, by_k in found.items() if by_k}
 
 
 class _Width:
