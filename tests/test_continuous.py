@@ -250,11 +250,19 @@ def test_requests_are_taken_from_any_thread_and_a_full_queue_says_so() -> None:
     assert all(len(request.tokens) == 5 for request in accepted)
 
 
-def test_a_job_waits_where_others_have_just_filled_the_queue() -> None:
+def test_a_job_waits_where_others_have_just_filled_the_queue(monkeypatch: pytest.MonkeyPatch) -> None:
     target, drafter = golden_pair("dense")
     engine = Engine(target, drafter, EngineConfig(max_rows=1, max_waiting=1))
     foreign, *mine = [Request([2, 3 + i], SamplingParams(5), frozenset(), 4096) for i in range(4)]
     engine.submit(foreign)
+    submit, refusals = engine.submit, [QueueFullError("another thread was faster")]
+
+    def raced(request: Request) -> int:
+        if refusals:
+            raise refusals.pop()
+        return submit(request)
+
+    monkeypatch.setattr(engine, "submit", raced)
     for _ in engine.run(mine):
         pass
     assert [len(request.tokens) for request in (foreign, *mine)] == [5] * 4
