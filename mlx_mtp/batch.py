@@ -208,9 +208,9 @@ def run(pair: Pair, engine: Engine, jobs: Sequence[Job], sink: Sink, progress: P
             one.result = segment.result
             totals.add(segment)
             while upcoming in begun and (result := begun[upcoming].result) is not None:
-                sink.finished(upcoming, result)
                 del begun[upcoming]
-                upcoming += 1
+                upcoming += 1  # first: what is interrupted while it goes out is not told once more
+                sink.finished(upcoming - 1, result)
             show()
     except KeyboardInterrupt:
         progress.clear()

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 import mlx_mtp
-from mlx_mtp import api, demo
+from mlx_mtp import api, batch, demo
 from mlx_mtp.generate import main
 from mlx_mtp.progress import SECONDS
 
@@ -388,3 +388,12 @@ def test_where_there_is_no_terminal_only_notes_and_the_summary_are_shown(
     tokens = sum(len(line["tokens"]) for line in results(tmp_path / "out.jsonl"))
     (summary,) = capsys.readouterr().err.splitlines()
     assert summary.startswith(f"[6 requests, {tokens} tokens, ")
+
+
+@pytest.mark.usefixtures("loaded")
+def test_what_is_interrupted_while_it_is_printed_is_not_printed_again(
+    prompts: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batch.Texts, "_print", lambda self, index, text: print(index) or signal.raise_signal(2))
+    assert main(["--prompts-file", str(prompts), "--verbose", "F"]) == 130
+    assert capsys.readouterr().out.split().count("0") == 1

@@ -322,3 +322,22 @@ def test_a_plan_that_differs_changes_no_more_than_the_last_bits() -> None:
     chosen = mx.array(np.random.default_rng(0).integers(0, 8, (40, 2)), mx.uint32)
     outputs = [np.array(dispatch(name, x, chosen, one.mlp)) for name in PORTABLE]
     assert all(np.allclose(outputs[0], other, rtol=0, atol=1e-6) for other in outputs[1:])
+
+
+@pytest.mark.parametrize(("tokens", "together"), [(2, 3), (expert_calibration.FEW_TOKENS + 1, 1)])
+def test_layers_are_timed_one_behind_the_other_as_in_a_pass(
+    tokens: int, together: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Side by side one layer would fill the gaps of another, and alone each would pay for handing its work over."""
+    monkeypatch.setattr(expert_calibration, "is_gpu", lambda: False)
+    given: list[mx.array] = []
+
+    def noted(strategy: str, x: mx.array, chosen: mx.array, mlp: object) -> mx.array:
+        given.append(x)
+        return mx.full((*chosen.shape, x.shape[1]), 1e6)
+
+    monkeypatch.setattr(expert_calibration, "dispatch", noted)
+    ticks = count()
+    run = expert_calibration._timer([layer() for _ in range(3)], SHAPE, tokens, count(), lambda: float(next(ticks)))
+    assert run(SPLIT) == 1 / together
+    assert [mx.abs(x).max().item() > 500 for x in given] == [False, True, True][:together]

@@ -174,6 +174,14 @@ def test_attention_equals_the_formula_and_mlx_own_kernel(heads: int, groups: int
 
 
 @pytest.mark.usefixtures("twins")
+def test_a_mask_serves_layers_with_other_numbers_of_kv_heads_too() -> None:
+    queries, mask = random(2, 8, 3, 16), Mask(mx.ones((2, 1, 3, 11), mx.bool_))
+    for groups in (2, 4):
+        keys, values = random(2, groups, 11, 16, seed=1), random(2, groups, 11, 16, seed=2)
+        assert mx.array_equal(attend(queries, keys, values, mask), attend(queries, keys, values, Mask(mask.seen)))
+
+
+@pytest.mark.usefixtures("twins")
 def test_a_masked_key_and_value_change_no_bit() -> None:
     queries, keys, values = random(1, 4, 2, 16), random(1, 2, 6, 16, seed=1), random(1, 2, 6, 16, seed=2)
     seen = mx.array([True, True, False, True, False, True])[None, None, None]

@@ -18,14 +18,14 @@ class Mask:
 
     def __init__(self, seen: mx.array) -> None:
         self.seen = seen
-        self._added: mx.array | None = None
+        self._added: dict[int, mx.array] = {}
 
     def added(self, repeats: int, dtype: mx.Dtype) -> mx.array:
         """The same as numbers to add to scores: [B, 1, repeats * L, S], once for each query head of a kv head."""
-        if self._added is None:
+        if repeats not in self._added:
             numbers = mx.where(self.seen, mx.array(0.0, dtype), mx.array(-float("inf"), dtype))
-            self._added = mx.tile(numbers, (1, 1, repeats, 1))
-        return self._added
+            self._added[repeats] = mx.tile(numbers, (1, 1, repeats, 1))
+        return self._added[repeats]
 
 
 def attend(queries: mx.array, keys: mx.array, values: mx.array, mask: Mask) -> mx.array:

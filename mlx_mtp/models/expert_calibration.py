@@ -50,7 +50,9 @@ CLEARLY_FASTER = 0.95  # of the default's time: below that it is left for anothe
 HOPELESS = 1.3  # times the best: not measured again at this count
 FAR_BEHIND = 1.6  # times the best: not measured at twice the count either
 LEAST_ROUNDS, MOST_ROUNDS = 3, 5  # of runs for one count; what time they leave is for the larger counts
-LAYERS_A_RUN = 4  # on a GPU, run in one go, so that waiting for it does not count much
+LAYERS_A_RUN = 4  # one behind the other, as in a pass: handing work over and waiting for it does not count much then
+FEW_TOKENS = 16  # up to so many a CPU runs several layers too; with more, waiting is nothing beside the work
+TRACE = 1e-3  # of a layer's output goes into the next one's input
 KERNEL_TOLERANCE = {mx.float32: 1e-4}  # relative, of the whole output
 HALF_TOLERANCE = 2e-2  # bfloat16 and float16: the portable path rounds gate, up and gelu too
 WORST_PART = 5.0  # times the tolerance is what a single route or column may be off by
@@ -250,14 +252,17 @@ def _timer(
     layers: Sequence[SwitchGLU], shape: Shape, tokens: int, turn: Iterator[int], clock: Callable[[], float]
 ) -> Callable[[str], float]:
     """What runs a strategy once and returns a layer's seconds."""
-    together = min(LAYERS_A_RUN, len(layers)) if is_gpu() else 1
+    together = min(LAYERS_A_RUN, len(layers)) if is_gpu() or tokens <= FEW_TOKENS else 1
     inputs = [random_pass(shape, tokens, seed) for seed in range(together)]
     mx.eval(inputs)
 
     def run(strategy: str) -> float:
         picked = [layers[next(turn) % len(layers)] for _ in range(together)]
         begun = clock()
-        mx.eval([dispatch(strategy, *given, layer.mlp) for given, layer in zip(inputs, picked, strict=True)])
+        x = inputs[0][0]
+        for (fresh, chosen), layer in zip(inputs, picked, strict=True):
+            x = fresh + TRACE * dispatch(strategy, x, chosen, layer.mlp)[:, 0]
+        mx.eval(x)
         return (clock() - begun) / together
 
     return run
