@@ -169,7 +169,7 @@ def _drafter(
         except MtpError as error:
             if found is folder:
                 raise
-            notes.append(f"a drafter by its name, but not for this model: {error}")
+            notes.append(f"a drafter by its name, but of no use here: {error}")
         else:
             return found, drafter
     notes.append(f"no drafter found for {model}: decoding without one (--draft-model names one)")

@@ -130,6 +130,15 @@ def test_a_beginning_that_many_texts_share_stays_usable_when_memory_is_short() -
     assert found[-3:] == [120] * 3
 
 
+def test_a_text_beyond_the_budget_keeps_its_end_however_often_it_is_run() -> None:
+    cache, text = PrefixCache(WINDOW, 300 * TOKEN_BYTES), list(range(500))
+    for _ in range(3):
+        for start in range(0, 500, 50):
+            cache.insert(text, span_of(text, start, start + 50))
+            assert cache.nbytes <= 300 * TOKEN_BYTES
+        assert cache.match([*text, 1]) == 500
+
+
 def test_what_does_not_fit_or_does_not_follow_is_not_kept() -> None:
     text = list(range(300))
     cache = PrefixCache(WINDOW, 100 * TOKEN_BYTES)

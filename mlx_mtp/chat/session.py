@@ -134,13 +134,11 @@ class Session:
                 result = segment.result
                 if is_stopped():
                     self._engine.abort(request.id)
+            while not self._engine.is_idle:
+                self._engine.step()  # lets the row go, whose answer's K/V are kept by that
         except BaseException:  # came in the middle of a step, maybe: what the engine holds may be half done
             self.use(self._num_draft_tokens)
             raise
-        finally:
-            self._engine.abort(request.id)
-            while not self._engine.is_idle:
-                self._engine.step()  # lets the row go, whose answer's K/V are kept by that
         texts.take(parser.finish())
         assert result is not None
         used = len(prompt) + len(result.tokens)

@@ -8,7 +8,7 @@ however many prompts begin with it, and an answer hangs below the prompt it belo
 
 A row may go on from a position only if the window before it is whole in the sliding layers. Chunks of a prompt are
 whole; of an answer only what the ring still held is; thinned nodes have nothing, until a text that begins alike has run
-them again: then they keep it.
+them again: then they keep it, as long as there is another text to give up.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class _Node:
     span: Span | None  # None for the root only
     parent: _Node | None
     last_used: int = 0
-    is_wanted: bool = False  # was missed when it was thinned, and is not thinned again
+    is_wanted: bool = False  # was missed when it was thinned, and is thinned again only for the text that is in use
     children: dict[int, _Node] = field(default_factory=dict)  # by first token
 
     @property
@@ -152,14 +152,16 @@ class PrefixCache:
         """Frees what was used longest ago: first windows in the middle of texts, then ends of texts."""
         while self.nbytes > self._budget:
             nodes = sorted(self._root.below(), key=lambda node: (node.last_used, -node.stop))
-            thick = next((node for node in nodes if self._is_passed_through(node)), None)
+            thick = next((node for node in nodes if not node.is_wanted and self._is_passed_through(node)), None)
+            end = next(node for node in nodes if not node.children)
+            if thick is None and end.last_used == self._clock:  # rather than the end of the text that is in use
+                thick = next((node for node in nodes if self._is_passed_through(node)), None)
             if thick is not None and thick.span is not None:
                 thin = thick.span.thinned()
                 thin.finish()
                 self.nbytes -= thick.span.nbytes - thin.nbytes
-                thick.span = thin
+                thick.span, thick.is_wanted = thin, False
                 continue
-            end = next(node for node in nodes if not node.children)
             assert end.parent is not None
             assert end.span is not None
             del end.parent.children[end.tokens[0]]
@@ -167,6 +169,6 @@ class PrefixCache:
 
     def _is_passed_through(self, node: _Node) -> bool:
         """Whether a node's window serves no text that ends below it, and is there to be freed."""
-        if node.span is None or node.span.sliding_from == node.span.stop or not node.children or node.is_wanted:
+        if node.span is None or node.span.sliding_from == node.span.stop or not node.children:
             return False
         return all(below.children or below.stop - self._window >= node.stop for below in node.below())
