@@ -20,6 +20,7 @@ from mlx_mtp.chat.conversation import Conversation
 from mlx_mtp.chat.session import Session
 from mlx_mtp.chat.settings import Settings
 from mlx_mtp.chat.tools import Toolbox
+from mlx_mtp.engine import engine as engine_module
 from mlx_mtp.engine.request import Request
 
 SHORT = Settings(SamplingParams(max_tokens=12), num_draft_tokens=3)
@@ -253,3 +254,26 @@ def test_flags_reach_the_loading(monkeypatch: pytest.MonkeyPatch) -> None:
     del given["before_reading"]
     assert given == {"model": "X", "draft_model": api.AUTO, "draft_bits": 4, "max_context": 512, "calibrate": False,
                      "kernels": False}
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_after_an_answer_that_was_broken_off_the_next_one_is_as_ever(
+    session: Session, error: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Silent:
+        def progress(self, done: int, total: int) -> None:
+            pass
+
+        def add(self, part: Part) -> None:
+            pass
+
+    def broken(output: object) -> None:
+        raise error
+
+    asked = [2, 5, 9], SamplingParams(6), Silent(), lambda: False
+    expected = session.answer(*asked).content
+    with monkeypatch.context() as patched:
+        patched.setattr(engine_module, "read", broken)
+        with pytest.raises(error):
+            session.answer(*asked)
+    assert session.answer(*asked).content == expected

@@ -82,6 +82,15 @@ def test_a_position_whose_window_is_not_whole_is_not_gone_on_from() -> None:
     check_keys(text, length, spans)
 
 
+@pytest.mark.parametrize("sliding_from", [10, 25, 45, 80, 100])
+def test_a_part_of_a_span_holds_what_that_had_of_its_tokens(sliding_from: int) -> None:
+    text = list(range(200))
+    part = span_of(text, 10, 100, sliding_from).part(30, 60)
+    assert (part.start, part.stop, part.sliding_from) == (30, 60, min(max(sliding_from, 30), 60))
+    for keys, first in ((part.full[1], 30), (part.sliding[0], part.sliding_from)):
+        assert keys[0].flatten().tolist() == [1000.0 * text[i] + i for i in range(first, 60)]
+
+
 def test_at_least_one_token_is_left_to_run() -> None:
     text = list(range(50))
     cache = PrefixCache(WINDOW, 10**9)

@@ -160,7 +160,7 @@ class PrefixCache:
                 thin = thick.span.thinned()
                 thin.finish()
                 self.nbytes -= thick.span.nbytes - thin.nbytes
-                thick.span, thick.is_wanted = thin, False
+                thick.span = thin
                 continue
             assert end.parent is not None
             assert end.span is not None
