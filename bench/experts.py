@@ -28,6 +28,7 @@ import numpy as np
 
 from bench import blas
 from bench.card import environment_card
+from mlx_mtp.checkpoint.cpu_layout import lay_out_for_cpu
 from mlx_mtp.command import guarded
 from mlx_mtp.config import ExpertsConfig
 from mlx_mtp.models.expert_calibration import DECODE_TOKENS, PORTABLE, Shape, measure, random_pass
@@ -43,7 +44,7 @@ TARGET_SHAPE, TARGET = (32, 512, 1024, 256), 0.65  # experts, hidden, width, rou
 
 
 def mlx_lm_twin(ours: SwitchGLU, hidden: int, settings: ExpertsConfig) -> nn.Module:
-    """mlx-lm's module as its Gemma 4 uses it, holding the very same arrays."""
+    """mlx-lm's module as its Gemma 4 uses it, holding the same weights as they are now."""
     from mlx_lm.models.gemma4_text import GeGLU
     from mlx_lm.models.switch_layers import SwitchGLU as MlxLmSwitchGLU
 
@@ -92,6 +93,7 @@ def compare(experts: int, hidden: int, width: int, bits: int, seconds: float) ->
         nn.quantize(ours, group_size=64, bits=bits)
     mx.eval(ours.parameters())
     theirs = mlx_lm_twin(ours, hidden, settings)
+    lay_out_for_cpu(ours)  # as loading a checkpoint does
     shape = Shape(hidden, experts, TOP_K, mx.float32)
     start = time.perf_counter()
     plan = measure([ours], shape, (*DECODE_TOKENS, ROUTES[-1] // TOP_K), PORTABLE).plan(TOP_K, PORTABLE)

@@ -13,6 +13,7 @@ import pytest
 from support import GOLDENS, KINDS, decode, golden_pair, new_cache, relative_error
 
 from mlx_mtp import ConfigError, device
+from mlx_mtp.checkpoint.cpu_layout import CACHE_LINE, on_cache_line
 from mlx_mtp.checkpoint.loader import load_drafter, load_target, materialize
 from mlx_mtp.config import SamplingParams
 from mlx_mtp.models import vector_math
@@ -137,18 +138,33 @@ def test_the_gpu_path_of_every_twin_gives_the_same_text(monkeypatch: pytest.Monk
         assert [request.tokens for request in again] == [request.tokens for request in requests]
 
 
-def test_small_matrices_lie_column_by_column_on_cpu_and_give_the_same_logits() -> None:
+def test_matrices_lie_column_by_column_on_cpu_and_give_the_same_logits() -> None:
     """A layout, not a change: shapes, values and results stay."""
-    folder = GOLDENS / "edge" / "target"
+    folder = GOLDENS / "mixture" / "target"
     plain, _ = load_target(folder, mx.float32)
     laid_out, _ = load_target(folder, mx.float32)
     materialize(laid_out, "target", folder)
-    weight = laid_out.layers[0].mlp.down_proj.weight
-    assert mx.array_equal(weight, plain.layers[0].mlp.down_proj.weight)
-    assert np.asarray(weight).strides == (4, 4 * weight.shape[0])
+    before, after = plain.layers[0], laid_out.layers[0]
+    assert mx.array_equal(after.mlp.down_proj.weight, before.mlp.down_proj.weight)
+    assert np.asarray(after.mlp.down_proj.weight).strides == (4, 4 * after.mlp.down_proj.weight.shape[0])
+    for name in ("gate_proj", "up_proj", "down_proj"):
+        weight = after.experts.switch_glu[name].weight
+        assert mx.array_equal(weight, before.experts.switch_glu[name].weight)
+        _, rows, columns = weight.shape
+        assert np.asarray(weight).strides == (4 * rows * columns, 4, 4 * rows)
     tokens, valid = mx.array([[2, 5, 9, 200]]), mx.array([4])
     logits = [model.logits(model(tokens, new_cache(model).stage(4, valid))) for model in (plain, laid_out)]
     assert relative_error(*logits) <= 2e-6
+
+
+@pytest.mark.parametrize("shape", [(3,), (5, 7), (4, 32, 64), (2, 600, 512)])
+def test_a_copy_on_a_cache_line_holds_the_same_numbers(shape: tuple[int, ...]) -> None:
+    array = mx.random.normal(shape)
+    for given in (array, array.swapaxes(0, -1)):
+        copy = on_cache_line(given)
+        assert mx.array_equal(copy, given)
+        assert np.asarray(copy).flags.c_contiguous
+        assert np.asarray(copy).ctypes.data % CACHE_LINE == 0
 
 
 @pytest.mark.parametrize(("heads_per_kv_head", "widest"), [(1, 8), (4, 8), (8, 4), (32, 1), (64, 1)])

@@ -19,6 +19,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
+from mlx_mtp.checkpoint.cpu_layout import lay_out_for_cpu
 from mlx_mtp.checkpoint.weights import TIED, Part, strip_prefix, uses, written_name
 from mlx_mtp.config import DrafterConfig, QuantizationConfig, TargetConfig, TextConfig
 from mlx_mtp.device import is_gpu, reading
@@ -26,14 +27,12 @@ from mlx_mtp.errors import CheckpointError, ConfigError, PairError, RequestError
 from mlx_mtp.models.drafter import Drafter
 from mlx_mtp.models.moe import ExpertLinear, SwitchGLU
 from mlx_mtp.models.target import Target
-from mlx_mtp.models.vector_math import lacks_fast_kernels
 
 DRAFT_BITS = (2, 3, 4, 5, 6, 8)
 TOKEN_ORDERING = "masked_embedding.token_ordering"
 
 C = TypeVar("C", TargetConfig, DrafterConfig)
 
-SMALL_MATRIX = 2**19  # numbers; below it a transposed layout is faster on CPU, above it slower with OpenBLAS
 QUANTIZABLE = (nn.Linear, nn.Embedding, ExpertLinear)
 
 
@@ -244,7 +243,7 @@ def check_draft_bits(bits: int | None) -> None:
 
 def materialize(model: nn.Module, part: Part, folder: Path) -> None:
     """Reads all weights of a model now. Raises CheckpointError naming a tensor whose values cannot be right."""
-    _lay_out_for_cpu(model)
+    lay_out_for_cpu(model)
     for module in model.modules():
         if isinstance(module, SwitchGLU):  # one by one: where gate and up are halves, the whole is beside them so long
             mx.eval(module.parameters())
@@ -262,19 +261,6 @@ def materialize(model: nn.Module, part: Part, folder: Path) -> None:
     if ordering is not None and (np.sort(np.array(ordering)) != np.arange(ordering.size)).any():
         raise CheckpointError(f"{folder}: tensor {TOKEN_ORDERING} does not hold every token id once: the checkpoint "
                               "is damaged, download or convert it again")
-
-
-def _lay_out_for_cpu(model: nn.Module) -> None:
-    """Lays small float32 matrices out column by column, as their products read them; shapes and values stay.
-
-    Measured with 1 to 16 rows: 25 to 40% faster with the reference BLAS, up to 4 times with OpenBLAS (bench/LOG.md).
-    """
-    for path, module in model.named_modules():
-        is_head = path == "embed_tokens" and isinstance(model, Target) and type(module) is nn.Embedding
-        if not is_head and type(module) is not nn.Linear:
-            continue
-        if lacks_fast_kernels(module.weight) and module.weight.size <= SMALL_MATRIX:
-            module.weight = mx.contiguous(module.weight.T).T
 
 
 def parse_config(folder: Path, parser: Callable[[Mapping[str, Any]], C], raw: Mapping[str, Any]) -> C:
