@@ -10,7 +10,7 @@ import pytest
 
 from mlx_mtp.models import vector_math
 from mlx_mtp.models.layers import geglu, softcap
-from mlx_mtp.models.vector_math import lacks_fast_kernels, softmax, tanh
+from mlx_mtp.models.vector_math import lacks_fast_kernels, scaled_tanh, softmax, tanh
 
 INFINITY = math.inf
 
@@ -38,6 +38,18 @@ def test_tanh_is_right_to_the_last_bits_and_exact_where_it_is_flat() -> None:
     assert (np.abs(exact(tanh(z)) - expected) <= 4e-7 * np.abs(expected)).all()
     ends = tanh(mx.array([-INFINITY, -1e30, -9.5, 0.0, 9.5, 1e30, INFINITY, math.nan]))
     assert ends.tolist()[:-1] == [-1, -1, -1, 0, 1, 1, 1]
+    assert mx.isnan(ends[-1]).item()
+
+
+@pytest.mark.usefixtures("twins")
+def test_scaled_tanh_is_right_to_the_last_bits_and_exact_where_it_is_flat() -> None:
+    x = mx.linspace(-360, 360, 100_001)
+    expected = 30 * np.tanh(exact(x) / 30)
+    got = exact(scaled_tanh(x, mx.array(30.0)))
+    assert (np.abs(got - expected) <= 5e-7 * np.abs(expected)).all()
+    assert (np.abs(got) <= 30).all()
+    ends = scaled_tanh(mx.array([-INFINITY, -1e30, -283, 0.0, 283, 1e30, INFINITY, math.nan]), mx.array(30.0))
+    assert ends.tolist()[:-1] == [-30, -30, -30, 0, 30, 30, 30]
     assert mx.isnan(ends[-1]).item()
 
 

@@ -8,7 +8,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_mtp.config import RotaryConfig
-from mlx_mtp.models.vector_math import fused, lacks_fast_kernels, tanh
+from mlx_mtp.models.vector_math import fused, lacks_fast_kernels, scaled_tanh, tanh
 
 
 @fused
@@ -23,14 +23,9 @@ def geglu(gate: mx.array, up: mx.array) -> mx.array:
     return gate * up / (1 + mx.exp(-2 * z))
 
 
-@fused
-def _softcap(logits: mx.array, cap: mx.array) -> mx.array:
-    return tanh(logits / cap) * cap
-
-
 def softcap(logits: mx.array, cap: float | None) -> mx.array:
     """cap * tanh(logits / cap), or the logits themselves where the model has no cap."""
-    return logits if cap is None else _softcap(logits, mx.array(cap, logits.dtype))
+    return logits if cap is None else scaled_tanh(logits, mx.array(cap, logits.dtype))
 
 
 ONE_KERNEL = 4096  # numbers up to which a norm in one kernel is faster, although it takes the root for each of them

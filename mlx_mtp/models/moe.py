@@ -12,6 +12,7 @@ from mlx_mtp.models.expert_dispatch import DispatchPlan, ExpertMLP, default_plan
 from mlx_mtp.models.expert_kernel import PackedMatrix, pack, pack_quantized
 from mlx_mtp.models.expert_statistics import RoutingCounter, Uncounted
 from mlx_mtp.models.layers import rms_norm
+from mlx_mtp.models.vector_math import lacks_fast_kernels
 
 
 class Router(nn.Module):
@@ -130,4 +131,7 @@ class Experts(nn.Module):
 
     def __call__(self, x: mx.array, chosen: mx.array, weights: mx.array) -> mx.array:
         """x: [N, D], chosen and weights: [N, top_k] -> [N, D], the weighted sum of the chosen experts' outputs."""
-        return (self.switch_glu(x, chosen) * weights[..., None].astype(x.dtype)).sum(axis=1)
+        out, weights = self.switch_glu(x, chosen), weights.astype(x.dtype)
+        if lacks_fast_kernels(x):
+            return (weights[:, None] @ out)[:, 0]  # a product's sum takes a fourth of the time
+        return (out * weights[..., None]).sum(axis=1)

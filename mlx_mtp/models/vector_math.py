@@ -22,6 +22,7 @@ fused = partial(mx.compile, shapeless=True)
 TANH_P = (0.999999979, 0.133810214, 0.00349558308, 2.06090005e-05, 1.33545521e-08)
 TANH_Q = (1.0, 0.46714337, 0.025876963, 0.000328562661, 7.77651259e-07)
 TANH_LIMIT = 9
+FRACTION_LIMIT = 9.4  # where the fraction is above 1 by two last bits, so that cutting it off there leaves 1
 
 # exp(z) = 2^n * exp(r) with n = round(z / ln 2), exp(r) = 1 + r + r^2 * P(r): relative error 4e-9. n * LN2_HIGH is
 # exact, and LN2_LOW the rest of ln 2. Adding ROUNDS and taking it off again rounds.
@@ -50,6 +51,41 @@ def _quartic(coefficients: Sequence[float], x: mx.array, square: mx.array) -> mx
     """A polynomial of degree 4 in this order, since MLX fuses chains of at most 11 operations."""
     a, b, c, d, e = coefficients
     return (a + b * x) + square * ((c + d * x) + e * square)
+
+
+def scaled_tanh(x: mx.array, scale: mx.array) -> mx.array:
+    """scale * tanh(x / scale). For float32 on CPU in three kernels: one would be too deep, and cut where it costs most.
+
+    Nor would a constant where z is large be vector code: the rest would be skipped for it. A sign is not known before.
+    """
+    if not lacks_fast_kernels(x):
+        return _scaled_tanh(x, scale)
+    z = _limited_quotient(x, scale)
+    return _scaled_fraction(z, *_fraction(z), scale)
+
+
+@fused
+def _scaled_tanh(x: mx.array, scale: mx.array) -> mx.array:
+    return mx.tanh(x / scale) * scale
+
+
+@fused
+def _limited_quotient(x: mx.array, scale: mx.array) -> mx.array:
+    z = x / scale
+    return mx.where(mx.abs(z) > FRACTION_LIMIT, mx.sign(z) * FRACTION_LIMIT, z)
+
+
+@fused
+def _fraction(z: mx.array) -> tuple[mx.array, mx.array]:
+    x = mx.square(z)
+    square = mx.square(x)
+    return _quartic(TANH_P, x, square), _quartic(TANH_Q, x, square)
+
+
+@fused
+def _scaled_fraction(z: mx.array, numerator: mx.array, denominator: mx.array, scale: mx.array) -> mx.array:
+    ratio = z * numerator / denominator
+    return mx.where(mx.abs(ratio) > 1, mx.sign(ratio), ratio) * scale
 
 
 def softmax(scores: mx.array) -> mx.array:
