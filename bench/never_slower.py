@@ -14,7 +14,7 @@ prices with some noise the best one is mostly a lucky one: so one half of the pa
 the other half what it and the chosen ones cost, and the other way round. "luckiest" is against the best of all the
 prices; the clock's own figure, of a round in the median, stands beside it. What a round of each K brings is counted in
 the drafts for the text that "auto" decoded: of a few hundred, those that are right are a little more or less than was
-asked for.
+asked for. How well a figure is known, by chance of passes and runs alone, is its standard error (bootstrap).
 """
 
 from __future__ import annotations
@@ -59,6 +59,7 @@ PRICED_FOR, PRICED_OVER = 1.0, 320  # seconds and tokens, each time, for more of
 UNDISTURBED = 0.95  # of the rounds: what choosing took in the others was something else
 SETTLED = 64  # rounds after which it should know
 COLD = 256  # tokens of a whole request
+RESAMPLED = 200  # times, for standard errors
 
 
 class Prices:
@@ -68,8 +69,8 @@ class Prices:
     of one number for each pass and one for each K, found by medians (Tukey's median polish).
     """
 
-    def __init__(self) -> None:
-        self.passes: list[list[float]] = []
+    def __init__(self, passes: Sequence[list[float]] = ()) -> None:
+        self.passes = list(passes)
 
     def seconds(self) -> list[float]:
         return polished(self.passes)
@@ -233,6 +234,28 @@ def shares(seen: Seen, tokens: Sequence[float], chosen_by: Sequence[float], roun
                     for part in ((SETTLED, ROUNDS), (0, cold))))
 
 
+def crossed(every: Sequence[Seen], brings: Sequence[Sequence[float]], prices: Prices) -> list[Shares]:
+    """Of each run: one half of the prices says which K is best, the other what it costs, and the other way round."""
+    halves = prices.halves()
+    found = []
+    for seen, tokens in zip(every, brings, strict=True):
+        both = [shares(seen, tokens, *by) for by in (halves, halves[::-1])]
+        found.append(Shares(*map(statistics.mean, zip(*((each.late, each.cold) for each in both), strict=True))))
+    return found
+
+
+def standard_errors(every: Sequence[Seen], brings: Sequence[Sequence[float]], prices: Prices) -> Shares:
+    """Of the medians of `crossed`: how much they vary if passes and runs are drawn again from those there were."""
+    draw, late, cold = random.Random(0), list[float](), list[float]()
+    for _ in range(RESAMPLED):
+        runs = draw.choices(range(len(every)), k=len(every))
+        again = Prices(draw.choices(prices.passes, k=len(prices.passes)))
+        found = crossed([every[run] for run in runs], [brings[run] for run in runs], again)
+        late.append(statistics.median(each.late for each in found))
+        cold.append(statistics.median(each.cold for each in found))
+    return Shares(statistics.stdev(late), statistics.stdev(cold))
+
+
 def compare(pair: Pair, rows: int, acceptance: float, known: list[list[int]], runs: int) -> None:
     assert pair.drafter is not None
     vocab_size, longest = pair.target.config.text.vocab_size, EngineConfig().max_draft_tokens
@@ -245,28 +268,27 @@ def compare(pair: Pair, rows: int, acceptance: float, known: list[list[int]], ru
         every.append(engine.rounds(requests, prices, seed=run))
         brings.append(brought((drafts != wrong)[:, PROMPT : PROMPT + TOKENS], every[-1].decoded, longest))
 
-    costs, halves = prices.seconds(), prices.halves()
+    costs = prices.seconds()
     luckiest = [shares(seen, tokens, costs, costs) for seen, tokens in zip(every, brings, strict=True)]
-    crossed = [[shares(seen, tokens, *by) for by in (halves, halves[::-1])]
-               for seen, tokens in zip(every, brings, strict=True)]
-    late = [statistics.mean(each.late for each in both) for both in crossed]
-    cold = [statistics.mean(each.cold for each in both) for both in crossed]
+    found, errors = crossed(every, brings, prices), standard_errors(every, brings, prices)
     tokens = [statistics.mean(each) for each in zip(*brings, strict=True)]
     best = best_length(tokens, costs)
     speed = rows * tokens[best] / costs[best]
     rounds = [each for seen in every for each in zip(seen.lengths, seen.seconds, seen.choosing, strict=True)]
     clock = statistics.median(took / (costs[k] + choosing) for k, took, choosing in rounds)
+    late = _told([each.late for each in found], errors.late, [each.late for each in luckiest])
+    cold = _told([each.cold for each in found], errors.cold, [each.cold for each in luckiest])
     print(f"rows {rows}  acceptance {acceptance:.1f}  best fixed K = {best} ({speed:.1f} tok/s)  "
-          f"auto after {SETTLED} rounds {_told(late, [each.late for each in luckiest])}, "
-          f"first {COLD} tokens {_told(cold, [each.cold for each in luckiest])}; "
+          f"auto after {SETTLED} rounds {late}, first {COLD} tokens {cold}; "
           f"rounds took {clock:.2f} of their price; "
           f"Ks {dict(sorted(Counter(k for seen in every for k in seen.lengths[SETTLED:]).items()))}; choosing "
           f"{1e3 * statistics.mean(choosing for *_, choosing in rounds):.2f} ms, "
           f"ms by K {' '.join(f'{1e3 * seconds:.1f}' for seconds in costs)}", flush=True)
 
 
-def _told(by_run: Sequence[float], luckiest: Sequence[float]) -> str:
-    return f"{statistics.median(by_run):.3f} (worst {min(by_run):.3f}, luckiest {statistics.median(luckiest):.3f})"
+def _told(by_run: Sequence[float], error: float, luckiest: Sequence[float]) -> str:
+    return (f"{statistics.median(by_run):.3f} ± {error:.3f} (worst {min(by_run):.3f}, "
+            f"luckiest {statistics.median(luckiest):.3f})")
 
 
 def main() -> int:

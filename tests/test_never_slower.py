@@ -65,8 +65,21 @@ def test_auto_is_compared_with_the_k_that_other_prices_say_is_best() -> None:
 
 
 def test_of_several_runs_the_one_in_the_median_is_told_and_the_worst() -> None:
-    assert never_slower._told([0.9, 1.0, 0.8], [0.7, 0.6, 0.5]) == "0.900 (worst 0.800, luckiest 0.600)"
+    assert never_slower._told([0.9, 1.0, 0.8], 0.02, [0.7, 0.6, 0.5]) == "0.900 ± 0.020 (worst 0.800, luckiest 0.600)"
 
+
+def test_a_standard_error_is_that_of_the_prices() -> None:
+    """One run of K = 1 alone, where K = 0 is the best: its share is a ratio of two prices."""
+    every = [never_slower.Seen([1] * 200, [0.0] * 200, [0.0] * 200, np.zeros((1, 1), bool))]
+    generator = np.random.default_rng(0)
+    for noise in (0.0, 0.1):
+        passes = [[float(np.exp(noise * generator.normal())), 2.0] for _ in range(40)]
+        errors = never_slower.standard_errors(every, [[1.0, 1.5]], never_slower.Prices(passes))
+        expected = 0.75 * 1.25 * noise / 40**0.5  # medians are a quarter less sure than means
+        assert expected / 1.6 <= errors.late == errors.cold <= 1.6 * expected
+
+
+def test_what_is_spent_in_a_controller_is_clocked() -> None:
     clocked = never_slower.Clocked(FixedLength(3))
     assert clocked.longest == clocked.choose(1) == 3
     assert 0 < clocked.seconds < 1

@@ -36,6 +36,7 @@ from mlx_mtp.models.expert_dispatch import (
 )
 from mlx_mtp.models.moe import QuantizedExpertLinear, SwitchGLU
 from mlx_mtp.models.target import Target
+from mlx_mtp.models.vector_math import lacks_fast_kernels
 
 LOG = logging.getLogger(__name__)
 
@@ -157,7 +158,7 @@ def entry_key(layers: Sequence[SwitchGLU], shape: Shape, has_kernel: bool) -> st
 def _format(matrix: Any) -> str:
     if isinstance(matrix, QuantizedExpertLinear):
         return f"{matrix.bits} bits {matrix.mode} by {matrix.group_size}"
-    return str(matrix.weight.dtype)
+    return str(matrix.weight.dtype) + (" by columns" if lacks_fast_kernels(matrix.weight) else "")
 
 
 def random_pass(shape: Shape, tokens: int, seed: int) -> tuple[mx.array, mx.array]:
