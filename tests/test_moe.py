@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from routings import HIDDEN, ROUTINGS, SETTINGS, Routing, uniform
 
+from mlx_mtp.models import moe
 from mlx_mtp.models.expert_dispatch import GATHER, SORTED, default_plan
 from mlx_mtp.models.moe import ExpertLinear, Experts, QuantizedExpertLinear, Router
 
@@ -68,6 +69,13 @@ def test_experts_equal_a_dense_loop_over_all_of_them(routing: Routing, tokens: i
     mx.random.seed(0)
     experts = Experts(HIDDEN, SETTINGS)
     assert_equals_dense(experts, plain_matrices(experts), routing, tokens, 2e-6)
+
+
+def test_a_gpus_way_of_adding_up_equals_a_dense_loop_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(moe, "lacks_fast_kernels", lambda x: False)
+    mx.random.seed(0)
+    experts = Experts(HIDDEN, SETTINGS)
+    assert_equals_dense(experts, plain_matrices(experts), uniform, 5, 2e-6)
 
 
 @ROUTINGS

@@ -68,6 +68,18 @@ def test_of_several_runs_the_one_in_the_median_is_told_and_the_worst() -> None:
     assert never_slower._told([0.9, 1.0, 0.8], 0.02, [0.7, 0.6, 0.5]) == "0.900 ± 0.020 (worst 0.800, luckiest 0.600)"
 
 
+def test_each_half_of_the_prices_is_asked_once_for_the_best_and_once_for_costs() -> None:
+    """K = 1 ran, after SETTLED rounds K = 0: the halves disagree about which is better, in each one's favour."""
+    lengths = [1] * never_slower.SETTLED + [0] * (never_slower.ROUNDS - never_slower.SETTLED)
+    seen = never_slower.Seen(lengths, [0.0] * len(lengths), [0.0] * len(lengths), np.zeros((1, 1), bool))
+    prices = never_slower.Prices([[1.0, 1.2], [1.0, 3.0]] * 2)
+    (found,) = never_slower.crossed([seen], [[1.0, 1.5]], prices)
+    by_halves = [never_slower.shares(seen, [1.0, 1.5], *by) for by in (prices.halves(), prices.halves()[::-1])]
+    assert found.late == pytest.approx((by_halves[0].late + by_halves[1].late) / 2)
+    assert found.cold == pytest.approx((by_halves[0].cold + by_halves[1].cold) / 2)
+    assert found.late != pytest.approx(found.cold)
+
+
 def test_a_standard_error_is_that_of_the_prices() -> None:
     """One run of K = 1 alone, where K = 0 is the best: its share is a ratio of two prices."""
     every = [never_slower.Seen([1] * 200, [0.0] * 200, [0.0] * 200, np.zeros((1, 1), bool))]

@@ -53,6 +53,12 @@ def test_scaled_tanh_is_right_to_the_last_bits_and_exact_where_it_is_flat() -> N
     assert mx.isnan(ends[-1]).item()
 
 
+def test_scaled_tanh_is_the_same_where_mlx_has_it_in_one_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = mx.linspace(-90, 90, 1001)
+    monkeypatch.setattr(vector_math, "lacks_fast_kernels", lambda x: False)
+    assert np.abs(exact(scaled_tanh(x, mx.array(30.0))) - 30 * np.tanh(exact(x) / 30)).max() <= 1e-5
+
+
 @pytest.mark.usefixtures("twins")
 def test_softmax_is_right_to_the_last_bits() -> None:
     depth = mx.linspace(0, -80, 20_001)  # beside a score that is never far below the best
