@@ -9,22 +9,24 @@ after the other in any order, over the text that comes next. The Ks it chose are
 choosing them took: so a machine that is disturbed now and then, or slow for a while, may mislead the controller, but
 not this comparison. (A GPU works on while the host chooses, so there choosing is priced too high.) All of that is done
 several times, each time by a new engine that knows nothing, with other drafts that are right and other draws of "auto";
-the prices are those of all passes of all runs, and what is told is the run in the median, and the worst. Of eight
-prices with some noise the best one is mostly a lucky one: so one half of the passes over all K says which is best, and
-the other half what it and the chosen ones cost, and the other way round. "luckiest" is against the best of all the
-prices; the clock's own figure, of a round in the median, stands beside it. What a round of each K brings is counted in
-the drafts for the text that "auto" decoded: of a few hundred, those that are right are a little more or less than was
-asked for. How well a figure is known, by chance of passes and runs alone, is its standard error (bootstrap).
+the prices are those of all passes of all runs, and what is told is the run in the median, and the worst. The first run
+prices every K; the time of the others goes to the Ks that may be the best, or that "auto" was seen to choose. Of eight
+prices with some noise the best one is mostly a lucky one: so one half of the passes says which is best, and the other
+half what it and the chosen ones cost, and the other way round. "luckiest" is against the best of all the prices; the
+clock's own figure, of a round in the median, stands beside it. What a round of each K brings is counted in the drafts
+for the text that "auto" decoded: of a few hundred, those that are right are a little more or less than was asked for.
+How well a figure is known, by chance of passes and runs alone, is its standard error (bootstrap).
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import random
 import statistics
 import sys
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import cast
@@ -55,7 +57,9 @@ PRICED_EVERY = 80  # rounds
 BLOCK = 4  # rounds that are timed together
 PASSES = 2  # over all K, a block of each, each time, at least
 POLISHED = 10  # times; medians settle much sooner
-PRICED_FOR, PRICED_OVER = 1.0, 320  # seconds and tokens, each time, for more of them
+PRICED_FOR, PRICED_OVER = 4.0, 320  # seconds and tokens, each time, for more of them
+NEAR = 0.8  # of the best K's tokens a second, by the first run's prices: such a K may be the best
+OFTEN = 0.05  # of a run's rounds: what was chosen so often is worth a good price
 UNDISTURBED = 0.95  # of the rounds: what choosing took in the others was something else
 SETTLED = 64  # rounds after which it should know
 COLD = 256  # tokens of a whole request
@@ -63,10 +67,12 @@ RESAMPLED = 200  # times, for standard errors
 
 
 class Prices:
-    """What a round costs for K = 0, 1, ..., from passes in which every K had its turn.
+    """What a round costs for K = 0, 1, ..., from passes in which every K had its turn, or every K of interest.
 
     The machine's pace wanders from pass to pass, and now and then it is disturbed: log seconds are taken for the sum
     of one number for each pass and one for each K, found by medians (Tukey's median polish).
+
+    passes: of each, seconds by K; NaN where it had no turn.
     """
 
     def __init__(self, passes: Sequence[list[float]] = ()) -> None:
@@ -79,14 +85,22 @@ class Prices:
         """By every other pass: two prices that share no disturbance."""
         return polished(self.passes[::2]), polished(self.passes[1::2])
 
+    def resampled(self, draw: random.Random) -> Prices:
+        """As if measured again: each pass is one of those in which the same Ks had their turn."""
+        alike = defaultdict[tuple[bool, ...], list[list[float]]](list)
+        turns = [tuple(map(math.isnan, each)) for each in self.passes]
+        for kind, each in zip(turns, self.passes, strict=True):
+            alike[kind].append(each)
+        return Prices([draw.choice(alike[kind]) for kind in turns])
+
 
 def polished(passes: list[list[float]]) -> list[float]:
-    """Seconds by K, at the median pass's pace. passes: of each, seconds by K."""
+    """Seconds by K, at the median pass's pace. passes: as in `Prices`; each K had its turn in one."""
     logs = np.log(passes)
     by_k, paces = np.zeros(logs.shape[1]), np.zeros(logs.shape[0])
     for _ in range(POLISHED):
-        by_k = np.median(logs - paces[:, None], axis=0)
-        paces = np.median(logs - by_k, axis=1)
+        by_k = np.nanmedian(logs - paces[:, None], axis=0)
+        paces = np.nanmedian(logs - by_k, axis=1)
     return [float(each) for each in np.exp(by_k + np.median(paces))]
 
 
@@ -149,8 +163,8 @@ class Clocked:
 class _Noted(Engine):
     """An engine that tells which K each round had, and halts for prices."""
 
-    def rounds(self, requests: Sequence[Request], prices: Prices, seed: int) -> Seen:
-        """seed: of what "auto" draws."""
+    def rounds(self, requests: Sequence[Request], prices: Prices, priced: Sequence[int], seed: int) -> Seen:
+        """priced: the Ks that have their turn. seed: of what "auto" draws."""
         seen = Seen([], [], [], np.zeros((len(requests), TOKENS), bool))
         clocked = Clocked(AdaptiveLength(self._draft_length.longest, RoundCosts(), seed))
         self._draft_length = cast(DraftLength, clocked)
@@ -170,18 +184,18 @@ class _Noted(Engine):
             seen.seconds.append(took)
             seen.choosing.append(clocked.seconds)
             if len(seen.lengths) % PRICED_EVERY == 0:
-                self._price(prices)
+                self._price(prices, priced)
                 self._draft_length = cast(DraftLength, clocked)
         return seen
 
-    def _price(self, prices: Prices) -> None:
+    def _price(self, prices: Prices, priced: Sequence[int]) -> None:
         """Leaves nothing in flight, so that the controller hears of no such round, and times none by its end."""
         self._drain()
         until, over = time.perf_counter() + PRICED_FOR, max(row.length for row in self.decoding) + PRICED_OVER
-        order, count, rows = list(range(self._draft_length.longest + 1)), 0, self.active_rows
+        longest, count, rows = self._draft_length.longest, 0, self.active_rows
         while count < PASSES or (time.perf_counter() < until and max(row.length for row in self.decoding) < over):
-            seconds = [0.0] * len(order)
-            for k in random.sample(order, len(order)):
+            seconds = [math.nan] * (longest + 1)
+            for k in random.sample(priced, len(priced)):
                 self._draft_length = FixedLength(k)
                 self.step()
                 self.step()  # one such round is in flight when the clock starts, and when it stops
@@ -218,6 +232,15 @@ def best_length(tokens: Sequence[float], round_costs: Sequence[float]) -> int:
     return max(range(len(round_costs)), key=lambda k: tokens[k] / round_costs[k])
 
 
+def worth_pricing(every: Sequence[Seen], brings: Sequence[Sequence[float]], prices: Prices) -> list[int]:
+    """The Ks that may be the best, and those that "auto" chose often in one of the runs so far."""
+    costs, tokens = prices.seconds(), [statistics.mean(each) for each in zip(*brings, strict=True)]
+    best = best_length(tokens, costs)
+    chosen = [Counter(seen.lengths) for seen in every]
+    return [k for k in range(len(costs)) if tokens[k] / costs[k] >= NEAR * tokens[best] / costs[best]
+            or any(counts[k] >= OFTEN * counts.total() for counts in chosen)]
+
+
 @dataclass(frozen=True)
 class Shares:
     """What auto has of the best fixed K's speed: after SETTLED rounds, and over COLD tokens."""
@@ -249,8 +272,7 @@ def standard_errors(every: Sequence[Seen], brings: Sequence[Sequence[float]], pr
     draw, late, cold = random.Random(0), list[float](), list[float]()
     for _ in range(RESAMPLED):
         runs = draw.choices(range(len(every)), k=len(every))
-        again = Prices(draw.choices(prices.passes, k=len(prices.passes)))
-        found = crossed([every[run] for run in runs], [brings[run] for run in runs], again)
+        found = crossed([every[run] for run in runs], [brings[run] for run in runs], prices.resampled(draw))
         late.append(statistics.median(each.late for each in found))
         cold.append(statistics.median(each.cold for each in found))
     return Shares(statistics.stdev(late), statistics.stdev(cold))
@@ -265,7 +287,8 @@ def compare(pair: Pair, rows: int, acceptance: float, known: list[list[int]], ru
         drafts, wrong = (replayed_drafts(known, share, vocab_size, seed=run) for share in (acceptance, 0.0))
         engine = _Noted(pair.target, ReplayDrafter(pair.drafter, drafts), config)
         requests = [Request(text[:PROMPT], SamplingParams(TOKENS), frozenset(), 10**6) for text in known]
-        every.append(engine.rounds(requests, prices, seed=run))
+        priced = worth_pricing(every, brings, prices) if every else range(longest + 1)
+        every.append(engine.rounds(requests, prices, priced, seed=run))
         brings.append(brought((drafts != wrong)[:, PROMPT : PROMPT + TOKENS], every[-1].decoded, longest))
 
     costs = prices.seconds()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import random
+
 import numpy as np
 import pytest
 
@@ -32,6 +35,35 @@ def test_a_price_is_misled_neither_by_the_pace_of_a_pass_nor_by_a_disturbance() 
         prices.passes.append(seconds.tolist())
     found = np.array(prices.seconds())
     assert found / found[0] == pytest.approx(costs, rel=1e-6)
+
+
+def test_a_k_without_a_turn_in_a_pass_is_priced_by_the_others() -> None:
+    """Passes over some Ks only, each at its own pace: all tell of the ratios between those."""
+    true, paces = np.array([1.0, 1.4, 2.0]), (1.0, 1.1, 0.9, 1.3, 1.0)
+    passes = [[float(pace * each) for each in true] for pace in paces]
+    for each in passes[2:]:
+        each[1] = math.nan
+    found = never_slower.Prices(passes).seconds()
+    assert np.allclose(np.array(found) / found[0], true)
+
+
+def test_the_time_goes_to_the_ks_that_may_be_the_best_and_to_those_that_were_chosen_often() -> None:
+    def seen(*lengths: int) -> never_slower.Seen:
+        return never_slower.Seen([*lengths], [0.0] * len(lengths), [0.0] * len(lengths), np.zeros((1, 1), bool))
+
+    prices = never_slower.Prices([[1.0, 1.3, 2.0, 4.0]])  # 1, 1.15, 0.95 and 0.56 tokens a second
+    tokens = [1.0, 1.5, 1.9, 2.25]
+    assert never_slower.worth_pricing([seen(*[1] * 99, 3)], [tokens], prices) == [0, 1, 2]
+    assert never_slower.worth_pricing([seen(*[1] * 9, 3), seen(*[1] * 90)], [tokens] * 2, prices) == [0, 1, 2, 3]
+
+
+def test_measured_again_each_pass_has_the_same_turns() -> None:
+    passes = [[1.0, 2.0], [1.5, 2.5], [3.0, math.nan], [4.0, math.nan], [5.0, math.nan]]
+    again = [never_slower.Prices(passes).resampled(random.Random(seed)).passes for seed in range(20)]
+    for drawn in again:
+        assert all(each in passes[:2] for each in drawn[:2])
+        assert all(each in passes[2:] for each in drawn[2:])
+    assert any(drawn[0] == drawn[1] for drawn in again)
 
 
 def test_the_best_fixed_length_has_the_most_tokens_a_second() -> None:
