@@ -104,11 +104,11 @@ def polished(passes: list[list[float]]) -> list[float]:
     return [float(each) for each in np.exp(by_k + np.median(paces))]
 
 
-def texts(pair: Pair, rows: int) -> list[list[int]]:
-    """Plain decoding's, prompts included; a scripted target's are known without it."""
+def texts(pair: Pair, rows: int, count: int) -> list[list[int]]:
+    """Plain decoding's, prompts and `count` tokens of each; a scripted target's are known without it."""
     if isinstance(pair.target, ScriptedTarget):
-        return [[*prompt, *pair.target.text_after(prompt, TOKENS)] for prompt in random_prompts(RANDOM, rows, PROMPT)]
-    requests = [Request(prompt, SamplingParams(TOKENS), frozenset(), 10**6)
+        return [[*prompt, *pair.target.text_after(prompt, count)] for prompt in random_prompts(RANDOM, rows, PROMPT)]
+    requests = [Request(prompt, SamplingParams(count), frozenset(), 10**6)
                 for prompt in random_prompts(RANDOM, rows, PROMPT)]
     for _ in Engine(pair.target, None, EngineConfig(prefix_tokens=0, prefill_chunk=rows * PROMPT)).run(requests):
         pass
@@ -332,7 +332,7 @@ def main() -> int:
     else:
         pair = mlx_mtp.load(None if args.folder == "demo" else args.folder)
     print_card(environment_card())
-    known = texts(pair, max(args.rows))
+    known = texts(pair, max(args.rows), TOKENS)
     for rows in args.rows:
         for acceptance in args.acceptance:
             compare(pair, rows, acceptance, known[:rows], args.runs)

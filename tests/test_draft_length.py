@@ -5,17 +5,16 @@ from __future__ import annotations
 import math
 import random
 import statistics
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from itertools import pairwise, product
 
 import pytest
 
+from bench.simulated import Cost, Machine, best_speed, speed, tokens
 from mlx_mtp.spec_decode.draft_length import SOONEST_LOOK, AdaptiveLength, FixedLength, _best
 from mlx_mtp.spec_decode.round_costs import RoundCosts
 
 LONGEST = 7
-Cost = Callable[[int, int], float]
 
 COSTS: dict[str, Cost] = {
     "memory-bound": lambda rows, k: 1 + 0.11 * k + 0.01 * rows * k,
@@ -28,59 +27,8 @@ COSTS: dict[str, Cost] = {
 }
 
 
-@dataclass
-class Machine:
-    """Rounds with a known cost and acceptance; what a round brought is heard one round late, as in the engine."""
-
-    policy: AdaptiveLength
-    cost: Cost
-    rows: int
-    generator: random.Random
-    noise: float = 0.05
-    wandering: float = 0.0  # of the pace, log seconds: what is left of it after a round is 0.9
-    late: float = 0.0  # share of a round that is in the time of the next
-    pace: float = 0.0
-    chosen: list[int] = field(default_factory=list)
-    seconds: float = 0.0
-    unread: tuple[int, list[int], float | None] | None = None
-
-    def round(self, acceptance: float) -> int:
-        """Returns the K that was used."""
-        k = self.policy.choose(self.rows)
-        accepted = [self._accepted(k, acceptance) for _ in range(self.rows)]
-        self.pace = 0.9 * self.pace + (1 - 0.9**2) ** 0.5 * self.wandering * self.generator.gauss(0, 1)
-        both = self.late * self.cost(self.rows, self.chosen[-1] if self.chosen else k)
-        both += (1 - self.late) * self.cost(self.rows, k)
-        seconds = both * math.exp(self.pace) * (1 + self.noise * abs(self.generator.gauss(0, 1)))
-        if self.unread is not None:
-            drafted, accepted_before, took = self.unread
-            self.policy.observe(self.rows, drafted, accepted_before)
-            self.policy.observe_seconds(self.rows, drafted, took)
-        seconds *= 1 if k in self.chosen else 4  # the first of its kind
-        self.unread = k, accepted, seconds if self.chosen else None  # the very first follows a prefill
-        self.seconds += self.cost(self.rows, k)
-        self.chosen.append(k)
-        return k
-
-    def _accepted(self, k: int, acceptance: float) -> int:
-        return next((i for i in range(k) if self.generator.random() >= acceptance), k)
-
-
 def machine(cost: str, rows: int, seed: int, noise: float = 0.05) -> Machine:
     return Machine(AdaptiveLength(LONGEST, RoundCosts()), COSTS[cost], rows, random.Random(seed), noise)
-
-
-def tokens(acceptance: float, k: int) -> float:
-    """Expected tokens of a round."""
-    return sum(acceptance**i for i in range(k + 1))
-
-
-def best_speed(cost: Cost, rows: int, acceptance: float) -> float:
-    return max(tokens(acceptance, k) / cost(rows, k) for k in range(LONGEST + 1))
-
-
-def speed(chosen: list[int], cost: Cost, rows: int, acceptance: float) -> float:
-    return sum(tokens(acceptance, k) for k in chosen) / sum(cost(rows, k) for k in chosen)
 
 
 def share_after_64(simulated: Machine, acceptance: float, rounds: int) -> float:
@@ -88,7 +36,7 @@ def share_after_64(simulated: Machine, acceptance: float, rounds: int) -> float:
     for _ in range(rounds):
         simulated.round(acceptance)
     found = speed(simulated.chosen[64:], simulated.cost, simulated.rows, acceptance)
-    return found / best_speed(simulated.cost, simulated.rows, acceptance)
+    return found / best_speed(simulated.cost, simulated.rows, acceptance, LONGEST)
 
 
 @pytest.mark.parametrize("acceptance", [0.0, 0.3, 0.6, 0.8, 1.0])
@@ -108,7 +56,7 @@ def test_a_request_of_256_tokens_that_starts_cold_loses_little(cost: str, accept
         while sum(tokens(acceptance, k) for k in simulated.chosen) < 256:
             simulated.round(acceptance)
         found = speed(simulated.chosen, COSTS[cost], 1, acceptance)
-        shares.append(found / best_speed(COSTS[cost], 1, acceptance))
+        shares.append(found / best_speed(COSTS[cost], 1, acceptance, LONGEST))
     assert statistics.mean(shares) >= 0.93
 
 
@@ -178,7 +126,7 @@ def test_disturbed_timings_do_not_park_it_at_a_bad_k() -> None:
     simulated = machine("memory-bound", 1, 0, noise=0.3)
     for _ in range(400):
         simulated.round(0.8)
-    best = best_speed(COSTS["memory-bound"], 1, 0.8)
+    best = best_speed(COSTS["memory-bound"], 1, 0.8, LONGEST)
     assert speed(simulated.chosen[64:], COSTS["memory-bound"], 1, 0.8) >= 0.93 * best
 
 
@@ -207,7 +155,7 @@ def test_a_machine_that_others_use_now_and_then_misleads_it_little(cost: str) ->
             simulated.pace = math.log(1.7) / 0.9 if is_shared else 0.0
             simulated.round(acceptance)
         found = speed(simulated.chosen[64:], simulated.cost, 4, acceptance)
-        shares.append(found / best_speed(simulated.cost, 4, acceptance))
+        shares.append(found / best_speed(simulated.cost, 4, acceptance, LONGEST))
     assert statistics.mean(shares) >= 0.985
 
 

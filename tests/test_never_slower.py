@@ -151,7 +151,7 @@ def test_auto_is_set_against_every_fixed_length(
 
     monkeypatch.setattr(never_slower, "ReplayDrafter", Noting)
     monkeypatch.setattr(never_slower, "AdaptiveLength", noted)
-    never_slower.compare(pair, 2, 0.5, never_slower.texts(pair, 2), runs=2)
+    never_slower.compare(pair, 2, 0.5, never_slower.texts(pair, 2, 800), runs=2)
     assert len(given) == 2
     assert len({AdaptiveLength(7, RoundCosts(), seed)._random.random() for seed in seeds}) == 2, "likewise of draws"
     assert (given[0] != given[1]).mean() > 0.25, "the runs share their luck"

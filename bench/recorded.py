@@ -1,0 +1,217 @@
+"""Is K = "auto" never slower, on average over many cold starts? With the rounds of a real engine, recorded once.
+
+    python -m bench.recorded [FOLDER] [--rows 1 4 8] [--acceptance 0 0.4 0.8 1]     FOLDER as in bench.serving
+    python -m bench.recorded --rounds 6000 --runs 500
+
+`bench.never_slower` is the real thing, but takes minutes a cell, and is sure to a few percent only: on a shared machine
+the pace wanders by a tenth, and K and K + 1 often differ by less. Here an engine decodes with a K at random, for one
+round or for a few, and what the controller would hear of each is written down. That is taken apart:
+
+    seconds(round) = ((1 - late) cost(K) + late cost(K of the round before)) * disturbance(round)
+
+Then controllers that know nothing meet a machine with those costs, and with that disturbance from any of its rounds on,
+a hundred times for each acceptance. Their Ks are priced with the costs, and each time that they weigh Ks with what that
+took beside the engine: a controller was asked there too, and not followed. The pace's wandering, the bursts of other
+programs and the host's late reads are thus the machine's own; what is made up are the drafts that are right, and that a
+round costs the same wherever it is in a text. After 64 rounds and over a request of 256 tokens, as there; means and
+their standard errors, and what nine in ten cold starts reach.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import random
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import numpy as np
+
+import mlx_mtp
+from bench import blas
+from bench.card import environment_card, print_card
+from bench.never_slower import COLD, PROMPT, ROUNDS, SETTLED, Clocked, Shares, texts
+from bench.replay import ReplayDrafter, replayed_drafts
+from bench.simulated import RecordedMachine, best_speed, tokens
+from mlx_mtp import Pair
+from mlx_mtp.command import guarded
+from mlx_mtp.config import EngineConfig, SamplingParams
+from mlx_mtp.engine.engine import Engine
+from mlx_mtp.engine.request import Request
+from mlx_mtp.spec_decode.draft_length import AdaptiveLength, DraftLength
+from mlx_mtp.spec_decode.round_costs import RoundCosts
+
+TEXT = 800  # tokens of each text
+RIGHT = (0.2, 0.5, 0.8)  # acceptance, one text after the other
+RUNS_OF_ONE_K = (1, 1, 2, 4, 8, 16)  # rounds, one of these at random
+BEGINNING = 20  # rounds of each text that are not counted: prefill, first of their kind
+LATE = tuple(each / 20 for each in range(11))  # what is tried for it
+REWEIGHTED, USUAL_OFF = 10, 0.1  # times; share of a round: what is off by more counts for less
+
+
+@dataclass(frozen=True)
+class Heard:
+    """A round as the controller hears of it. before: the K of the one before it."""
+
+    k: int
+    before: int
+    seconds: float
+
+
+class CountedCosts(RoundCosts):
+    """Counts how often Ks are weighed; in most rounds what was chosen stands."""
+
+    weighed = 0
+
+    def drawn(self, rows: int, longest: int, wanted: int, random: random.Random) -> list[float]:
+        self.weighed += 1
+        return super().drawn(rows, longest, wanted, random)
+
+
+class AtRandom:
+    """A K at random, whatever `asked` says; it is asked and told all the same, and clocked."""
+
+    def __init__(self, asked: DraftLength, seed: int) -> None:
+        self.clocked = Clocked(asked)
+        self.rounds = list[tuple[int, float | None]]()  # K and seconds, as heard
+        self._random = random.Random(seed)
+        self._k = self._left = 0
+
+    @property
+    def longest(self) -> int:
+        return self.clocked.longest
+
+    def choose(self, rows: int) -> int:
+        self.clocked.choose(rows)
+        if self._left == 0:
+            self._k, self._left = self._random.randrange(self.longest + 1), self._random.choice(RUNS_OF_ONE_K)
+        self._left -= 1
+        return self._k
+
+    def observe(self, rows: int, num_draft_tokens: int, accepted: Sequence[int]) -> None:
+        self.clocked.observe(rows, num_draft_tokens, accepted)
+
+    def observe_seconds(self, rows: int, num_draft_tokens: int, seconds: float | None) -> None:
+        self.rounds.append((num_draft_tokens, seconds))
+        self.clocked.observe_seconds(rows, num_draft_tokens, seconds)
+
+    def new_task(self) -> None:
+        self.clocked.new_task()
+
+    def plain_seconds(self, tokens_by_rows: Mapping[int, int]) -> float | None:
+        return None
+
+    def heard(self) -> list[Heard]:
+        pairs = zip(self.rounds[BEGINNING - 1 :], self.rounds[BEGINNING:], strict=False)
+        return [Heard(k, before, seconds) for (before, _), (k, seconds) in pairs if seconds is not None]
+
+
+@dataclass(frozen=True)
+class Record:
+    """costs: seconds by K. disturbance: log factors, in order. weighing: seconds, each time that Ks are weighed."""
+
+    costs: list[float]
+    late: float
+    disturbance: list[float]
+    weighing: float
+
+
+def recorded(pair: Pair, known: list[list[int]], rounds: int) -> Record:
+    """known: texts of the rows, decoded until there are so many rounds."""
+    assert pair.drafter is not None
+    config = EngineConfig(prefix_tokens=0, prefill_chunk=len(known) * PROMPT)
+    heard, weighing = list[Heard](), list[float]()
+    while len(heard) < rounds:
+        seed = len(weighing)
+        drafts = replayed_drafts(known, RIGHT[seed % len(RIGHT)], pair.target.config.text.vocab_size, seed=seed)
+        engine = Engine(pair.target, ReplayDrafter(pair.drafter, drafts), config)
+        costs = CountedCosts()
+        policy = AtRandom(AdaptiveLength(config.max_draft_tokens, costs, seed), seed)
+        engine._draft_length = cast(DraftLength, policy)
+        requests = [Request(text[:PROMPT], SamplingParams(TEXT - PROMPT), frozenset(), 10**6) for text in known]
+        for request in requests:
+            engine.submit(request)
+        while not any(request.is_finished for request in requests):
+            engine.step()
+        heard += policy.heard()
+        weighing.append(policy.clocked.seconds / costs.weighed)
+    return taken_apart(heard, config.max_draft_tokens, statistics.median(weighing))
+
+
+def taken_apart(heard: Sequence[Heard], longest: int, weighing: float) -> Record:
+    """Costs by reweighted least squares; late is what makes the disturbance of neighbours most alike."""
+    fits = [(late, *_costs(heard, longest, late)) for late in LATE]
+    late, costs, disturbance = min(fits, key=lambda fit: float(np.abs(np.diff(fit[2])).mean()))
+    return Record(costs.tolist(), late, disturbance.tolist(), weighing)
+
+
+def _costs(heard: Sequence[Heard], longest: int, late: float) -> tuple[np.ndarray, np.ndarray]:
+    """Seconds by K, and what each round was disturbed by."""
+    took = np.array([each.seconds for each in heard])
+    shares = np.zeros((len(heard), longest + 1))
+    for row, each in zip(shares, heard, strict=True):
+        row[each.k] += 1 - late
+        row[each.before] += late
+    weights = 1 / took
+    for _ in range(REWEIGHTED):
+        costs, *_ = np.linalg.lstsq(shares * weights[:, None], took * weights, rcond=None)
+        weights = 1 / (took * np.hypot(1.0, (took / (shares @ costs) - 1) / USUAL_OFF) ** 0.5)
+    logs = np.log(took / (shares @ costs))
+    return costs * math.exp(np.median(logs)), logs - np.median(logs)
+
+
+def cold_start(record: Record, rows: int, acceptance: float, seed: int) -> Shares:
+    """What a controller that knows nothing has of the best fixed K's speed."""
+    longest, costs = len(record.costs) - 1, CountedCosts()
+    machine = RecordedMachine(AdaptiveLength(longest, costs, seed), lambda rows, k: record.costs[k], rows,
+                              random.Random(seed), late=record.late, record=record.disturbance)
+    weighed = list[int]()  # times, by the round
+    for _ in range(ROUNDS):
+        machine.round(acceptance)
+        weighed.append(costs.weighed)
+    brought = np.array([tokens(acceptance, k) for k in machine.chosen])
+    took = np.array([record.costs[k] for k in machine.chosen]) + record.weighing * np.diff(weighed, prepend=0)
+    cold = int(np.searchsorted(brought.cumsum(), COLD)) + 1
+    best = best_speed(machine.cost, rows, acceptance, longest)
+    return Shares(*(brought[part].sum() / took[part].sum() / best for part in (slice(SETTLED, None), slice(cold))))
+
+
+def told(shares: Sequence[float]) -> str:
+    error = statistics.stdev(shares) / len(shares) ** 0.5
+    return f"{statistics.mean(shares):.3f} ± {error:.3f} (nine in ten {np.quantile(shares, 0.1):.3f})"
+
+
+def main() -> int:
+    cli = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    cli.add_argument("folder", nargs="?", default="demo")
+    cli.add_argument("--rows", type=int, nargs="+", default=[1, 4, 8])
+    cli.add_argument("--acceptance", type=float, nargs="+", default=[0.0, 0.2, 0.4, 0.6, 0.8, 1.0])
+    cli.add_argument("--rounds", type=int, default=2000, help="to be recorded, at least (default: %(default)s)")
+    cli.add_argument("--runs", type=int, default=100, help="cold starts of each (default: %(default)s)")
+    blas.add_flag(cli)
+    args = cli.parse_args()
+    if args.runs < 2 or args.rounds < 1:
+        cli.error(f"--runs {args.runs} --rounds {args.rounds}: expected 2 and 1 or more")
+    pair = mlx_mtp.load(None if args.folder == "demo" else args.folder)
+    print_card(environment_card())
+    known = texts(pair, max(args.rows), TEXT)
+    for rows in args.rows:
+        record = recorded(pair, known[:rows], args.rounds)
+        disturbed = np.std(record.disturbance), np.std(np.diff(record.disturbance))
+        print(f"rows {rows}  {len(record.disturbance)} rounds, disturbed by {disturbed[0]:.3f} of log seconds, "
+              f"{disturbed[1]:.3f} from one to the next; late {record.late:.2f}; weighing "
+              f"{1e3 * record.weighing:.2f} ms; ms by K {' '.join(f'{1e3 * cost:.1f}' for cost in record.costs)}")
+        for acceptance in args.acceptance:
+            found = [cold_start(record, rows, acceptance, seed) for seed in range(args.runs)]
+            print(f"rows {rows}  acceptance {acceptance:.1f}  auto after {SETTLED} rounds "
+                  f"{told([each.late for each in found])}, first {COLD} tokens {told([each.cold for each in found])}",
+                  flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    blas.prefer_openblas()
+    sys.exit(guarded(main))
