@@ -1,7 +1,7 @@
 """Is K = "auto" never slower, on average over many cold starts? With the rounds of a real engine, recorded once.
 
     python -m bench.recorded [FOLDER] [--rows 1 4 8] [--acceptance 0 0.4 0.8 1]     FOLDER as in bench.serving
-    python -m bench.recorded --rounds 6000 --runs 500
+    python -m bench.recorded --rounds 6000 --runs 500 --live 20
 
 `bench.never_slower` is the real thing, but takes minutes a cell, and is sure to a few percent only: on a shared machine
 the pace wanders by a tenth, and K and K + 1 often differ by less. Here an engine decodes with a K at random, for one
@@ -14,7 +14,8 @@ a hundred times for each acceptance. Their Ks are priced with the costs, and eac
 took beside the engine: a controller was asked there too, and not followed. The pace's wandering, the bursts of other
 programs and the host's late reads are thus the machine's own; what is made up are the drafts that are right, and that a
 round costs the same wherever it is in a text. After 64 rounds and over a request of 256 tokens, as there; means and
-their standard errors, and what nine in ten cold starts reach.
+their standard errors, and what nine in ten cold starts reach. --live: so many controllers meet the engine itself, too,
+and what they choose there is priced likewise.
 """
 
 from __future__ import annotations
@@ -24,16 +25,16 @@ import math
 import random
 import statistics
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
 
 import numpy as np
 
 import mlx_mtp
 from bench import blas
 from bench.card import environment_card, print_card
-from bench.never_slower import COLD, PROMPT, ROUNDS, SETTLED, Clocked, Shares, texts
+from bench.never_slower import COLD, PROMPT, ROUNDS, SETTLED, Shares, texts
 from bench.replay import ReplayDrafter, replayed_drafts
 from bench.simulated import RecordedMachine, best_speed, tokens
 from mlx_mtp import Pair
@@ -71,42 +72,80 @@ class CountedCosts(RoundCosts):
         return super().drawn(rows, longest, wanted, random)
 
 
-class AtRandom:
-    """A K at random, whatever `asked` says; it is asked and told all the same, and clocked."""
+class Asked:
+    """Asks `policy` and tells it all."""
 
-    def __init__(self, asked: DraftLength, seed: int) -> None:
-        self.clocked = Clocked(asked)
-        self.rounds = list[tuple[int, float | None]]()  # K and seconds, as heard
-        self._random = random.Random(seed)
-        self._k = self._left = 0
+    def __init__(self, policy: DraftLength) -> None:
+        self.policy = policy
 
     @property
     def longest(self) -> int:
-        return self.clocked.longest
+        return self.policy.longest
 
     def choose(self, rows: int) -> int:
-        self.clocked.choose(rows)
+        return self.policy.choose(rows)
+
+    def observe(self, rows: int, num_draft_tokens: int, accepted: Sequence[int]) -> None:
+        self.policy.observe(rows, num_draft_tokens, accepted)
+
+    def observe_seconds(self, rows: int, num_draft_tokens: int, seconds: float | None) -> None:
+        self.policy.observe_seconds(rows, num_draft_tokens, seconds)
+
+    def new_task(self) -> None:
+        self.policy.new_task()
+
+    def plain_seconds(self, tokens_by_rows: Mapping[int, int]) -> float | None:
+        return self.policy.plain_seconds(tokens_by_rows)
+
+
+class AtRandom(Asked):
+    """A K at random, whatever `policy` says. weighing: seconds that its answers took."""
+
+    def __init__(self, policy: DraftLength, seed: int) -> None:
+        super().__init__(policy)
+        self.weighing = 0.0
+        self._rounds = list[tuple[int, float | None]]()  # K and seconds, as heard
+        self._random = random.Random(seed)
+        self._k = self._left = 0
+
+    def choose(self, rows: int) -> int:
+        began = time.perf_counter()
+        super().choose(rows)
+        self.weighing += time.perf_counter() - began
         if self._left == 0:
             self._k, self._left = self._random.randrange(self.longest + 1), self._random.choice(RUNS_OF_ONE_K)
         self._left -= 1
         return self._k
 
-    def observe(self, rows: int, num_draft_tokens: int, accepted: Sequence[int]) -> None:
-        self.clocked.observe(rows, num_draft_tokens, accepted)
-
     def observe_seconds(self, rows: int, num_draft_tokens: int, seconds: float | None) -> None:
-        self.rounds.append((num_draft_tokens, seconds))
-        self.clocked.observe_seconds(rows, num_draft_tokens, seconds)
-
-    def new_task(self) -> None:
-        self.clocked.new_task()
-
-    def plain_seconds(self, tokens_by_rows: Mapping[int, int]) -> float | None:
-        return None
+        self._rounds.append((num_draft_tokens, seconds))
+        super().observe_seconds(rows, num_draft_tokens, seconds)
 
     def heard(self) -> list[Heard]:
-        pairs = zip(self.rounds[BEGINNING - 1 :], self.rounds[BEGINNING:], strict=False)
+        pairs = zip(self._rounds[BEGINNING - 1 :], self._rounds[BEGINNING:], strict=False)
         return [Heard(k, before, seconds) for (before, _), (k, seconds) in pairs if seconds is not None]
+
+
+class Followed(Asked):
+    """Does as `policy` says. costs: that it goes by."""
+
+    def __init__(self, policy: DraftLength, costs: CountedCosts) -> None:
+        super().__init__(policy)
+        self._costs = costs
+        self._chosen, self._weighed = list[int](), list[int]()  # the latter: how often until then
+
+    def choose(self, rows: int) -> int:
+        self._chosen.append(super().choose(rows))
+        self._weighed.append(self._costs.weighed)
+        return self._chosen[-1]
+
+    def shares(self, record: Record, rows: int, acceptance: float) -> Shares:
+        """What this has of the best fixed K's speed, by the record's prices."""
+        brought = np.array([tokens(acceptance, k) for k in self._chosen])
+        took = np.array([record.costs[k] for k in self._chosen]) + record.weighing * np.diff(self._weighed, prepend=0)
+        cold = int(np.searchsorted(brought.cumsum(), COLD)) + 1
+        best = best_speed(lambda rows, k: record.costs[k], rows, acceptance, self.longest)
+        return Shares(*(brought[part].sum() / took[part].sum() / best for part in (slice(SETTLED, None), slice(cold))))
 
 
 @dataclass(frozen=True)
@@ -121,24 +160,29 @@ class Record:
 
 def recorded(pair: Pair, known: list[list[int]], rounds: int) -> Record:
     """known: texts of the rows, decoded until there are so many rounds."""
-    assert pair.drafter is not None
-    config = EngineConfig(prefix_tokens=0, prefill_chunk=len(known) * PROMPT)
-    heard, weighing = list[Heard](), list[float]()
+    longest, heard, weighing = EngineConfig().max_draft_tokens, list[Heard](), list[float]()
     while len(heard) < rounds:
-        seed = len(weighing)
-        drafts = replayed_drafts(known, RIGHT[seed % len(RIGHT)], pair.target.config.text.vocab_size, seed=seed)
-        engine = Engine(pair.target, ReplayDrafter(pair.drafter, drafts), config)
-        costs = CountedCosts()
-        policy = AtRandom(AdaptiveLength(config.max_draft_tokens, costs, seed), seed)
-        engine._draft_length = cast(DraftLength, policy)
-        requests = [Request(text[:PROMPT], SamplingParams(TEXT - PROMPT), frozenset(), 10**6) for text in known]
-        for request in requests:
-            engine.submit(request)
-        while not any(request.is_finished for request in requests):
-            engine.step()
+        seed, costs = len(weighing), CountedCosts()
+        policy = AtRandom(AdaptiveLength(longest, costs, seed), seed)
+        decode(pair, known, RIGHT[seed % len(RIGHT)], policy, seed)
         heard += policy.heard()
-        weighing.append(policy.clocked.seconds / costs.weighed)
-    return taken_apart(heard, config.max_draft_tokens, statistics.median(weighing))
+        weighing.append(policy.weighing / costs.weighed)
+    return taken_apart(heard, longest, statistics.median(weighing))
+
+
+def decode(pair: Pair, known: list[list[int]], acceptance: float, policy: DraftLength, seed: int,
+           rounds: float = math.inf) -> None:
+    """With a new engine, until a text or so many rounds are over."""
+    assert pair.drafter is not None
+    drafts = replayed_drafts(known, acceptance, pair.target.config.text.vocab_size, seed=seed)
+    config = EngineConfig(prefix_tokens=0, prefill_chunk=len(known) * PROMPT)
+    engine = Engine(pair.target, ReplayDrafter(pair.drafter, drafts), config)
+    engine._draft_length = policy
+    requests = [Request(text[:PROMPT], SamplingParams(len(text) - PROMPT), frozenset(), 10**6) for text in known]
+    for request in requests:
+        engine.submit(request)
+    while not any(request.is_finished for request in requests) and requests[0].rounds < rounds:
+        engine.step()
 
 
 def taken_apart(heard: Sequence[Heard], longest: int, weighing: float) -> Record:
@@ -164,24 +208,29 @@ def _costs(heard: Sequence[Heard], longest: int, late: float) -> tuple[np.ndarra
 
 
 def cold_start(record: Record, rows: int, acceptance: float, seed: int) -> Shares:
-    """What a controller that knows nothing has of the best fixed K's speed."""
-    longest, costs = len(record.costs) - 1, CountedCosts()
-    machine = RecordedMachine(AdaptiveLength(longest, costs, seed), lambda rows, k: record.costs[k], rows,
-                              random.Random(seed), late=record.late, record=record.disturbance)
-    weighed = list[int]()  # times, by the round
+    """Of a controller that knows nothing, in the record."""
+    costs = CountedCosts()
+    policy = Followed(AdaptiveLength(len(record.costs) - 1, costs, seed), costs)
+    machine = RecordedMachine(policy, lambda rows, k: record.costs[k], rows, random.Random(seed), late=record.late,
+                              record=record.disturbance)
     for _ in range(ROUNDS):
         machine.round(acceptance)
-        weighed.append(costs.weighed)
-    brought = np.array([tokens(acceptance, k) for k in machine.chosen])
-    took = np.array([record.costs[k] for k in machine.chosen]) + record.weighing * np.diff(weighed, prepend=0)
-    cold = int(np.searchsorted(brought.cumsum(), COLD)) + 1
-    best = best_speed(machine.cost, rows, acceptance, longest)
-    return Shares(*(brought[part].sum() / took[part].sum() / best for part in (slice(SETTLED, None), slice(cold))))
+    return policy.shares(record, rows, acceptance)
 
 
-def told(shares: Sequence[float]) -> str:
-    error = statistics.stdev(shares) / len(shares) ** 0.5
-    return f"{statistics.mean(shares):.3f} ± {error:.3f} (nine in ten {np.quantile(shares, 0.1):.3f})"
+def live_start(pair: Pair, known: list[list[int]], record: Record, acceptance: float, seed: int) -> Shares:
+    """Of a controller that knows nothing, in a new engine."""
+    costs = CountedCosts()
+    policy = Followed(AdaptiveLength(len(record.costs) - 1, costs, seed), costs)
+    decode(pair, known, acceptance, policy, seed, ROUNDS)
+    return policy.shares(record, len(known), acceptance)
+
+
+def told(found: Sequence[Shares]) -> str:
+    late, cold = (f"{statistics.mean(shares):.3f} ± {statistics.stdev(shares) / len(shares) ** 0.5:.3f} "
+                  f"(nine in ten {np.quantile(shares, 0.1):.3f})"
+                  for shares in ([each.late for each in found], [each.cold for each in found]))
+    return f"auto after {SETTLED} rounds {late}, first {COLD} tokens {cold}"
 
 
 def main() -> int:
@@ -191,10 +240,11 @@ def main() -> int:
     cli.add_argument("--acceptance", type=float, nargs="+", default=[0.0, 0.2, 0.4, 0.6, 0.8, 1.0])
     cli.add_argument("--rounds", type=int, default=2000, help="to be recorded, at least (default: %(default)s)")
     cli.add_argument("--runs", type=int, default=100, help="cold starts of each (default: %(default)s)")
+    cli.add_argument("--live", type=int, default=0, help="of the engine itself, too, at least 2 (default: none)")
     blas.add_flag(cli)
     args = cli.parse_args()
-    if args.runs < 2 or args.rounds < 1:
-        cli.error(f"--runs {args.runs} --rounds {args.rounds}: expected 2 and 1 or more")
+    if args.runs < 2 or args.rounds < 1 or args.live == 1:
+        cli.error(f"--runs {args.runs} --rounds {args.rounds} --live {args.live}: expected 2, 1 and 2 or more")
     pair = mlx_mtp.load(None if args.folder == "demo" else args.folder)
     print_card(environment_card())
     known = texts(pair, max(args.rows), TEXT)
@@ -205,10 +255,11 @@ def main() -> int:
               f"{disturbed[1]:.3f} from one to the next; late {record.late:.2f}; weighing "
               f"{1e3 * record.weighing:.2f} ms; ms by K {' '.join(f'{1e3 * cost:.1f}' for cost in record.costs)}")
         for acceptance in args.acceptance:
-            found = [cold_start(record, rows, acceptance, seed) for seed in range(args.runs)]
-            print(f"rows {rows}  acceptance {acceptance:.1f}  auto after {SETTLED} rounds "
-                  f"{told([each.late for each in found])}, first {COLD} tokens {told([each.cold for each in found])}",
-                  flush=True)
+            cell = f"rows {rows}  acceptance {acceptance:.1f} "
+            print(cell, told([cold_start(record, rows, acceptance, seed) for seed in range(args.runs)]), flush=True)
+            live = [live_start(pair, known[:rows], record, acceptance, seed) for seed in range(args.live)]
+            if live:
+                print(cell, "live:", told(live), flush=True)
     return 0
 
 

@@ -10,7 +10,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from mlx_mtp.spec_decode.draft_length import AdaptiveLength
+from mlx_mtp.spec_decode.draft_length import DraftLength
 
 Cost = Callable[[int, int], float]  # of a round, by rows and K
 FIRST_OF_ITS_KIND = 4  # times what it costs: it makes new buffers
@@ -20,7 +20,7 @@ FIRST_OF_ITS_KIND = 4  # times what it costs: it makes new buffers
 class Machine:
     """What a round brought is heard one round late, as in the engine."""
 
-    policy: AdaptiveLength
+    policy: DraftLength
     cost: Cost
     rows: int
     generator: random.Random

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from bench import never_slower, recorded
+from bench.never_slower import Shares
 from bench.recorded import AtRandom, CountedCosts, Heard, Record
 from bench.simulated import RecordedMachine
 from mlx_mtp.spec_decode.draft_length import AdaptiveLength, FixedLength
@@ -70,7 +71,7 @@ def test_rounds_have_a_k_at_random_and_who_is_asked_hears_of_them_all_the_same()
     policy.observe(2, 3, [1, 0])
     policy.observe_seconds(2, 3, 0.5)
     assert asked.told == [(2, 3, [1, 0]), (2, 3, 0.5)]
-    assert policy.clocked.seconds > 0
+    assert policy.weighing > 0
 
 
 def test_of_the_beginning_and_of_what_could_not_be_timed_nothing_is_heard(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,31 +125,34 @@ def test_controllers_that_start_cold_reach_what_is_promised_on_a_machine_like_th
 
 
 def test_the_mean_is_told_with_its_error_and_what_nine_in_ten_reach() -> None:
-    assert recorded.told([0.9, 1.0] * 50) == "0.950 ± 0.005 (nine in ten 0.900)"
+    assert recorded.told([Shares(0.9, 0.8), Shares(1.0, 0.8)] * 50) == (
+        "auto after 64 rounds 0.950 ± 0.005 (nine in ten 0.900), first 256 tokens 0.800 ± 0.000 (nine in ten 0.800)")
 
 
 def test_a_real_engine_is_recorded(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(recorded, "TEXT", 150)
+    monkeypatch.setattr(recorded, "TEXT", 300)
     monkeypatch.setattr(recorded.blas, "prefer_openblas", lambda: None)
     monkeypatch.setattr(sys, "argv", ["recorded", "--rows", "2", "--acceptance", "0.5", "--rounds", "120",
-                                      "--runs", "2"])
+                                      "--runs", "2", "--live", "2"])
     assert recorded.main() == 0
-    machine, cell = capsys.readouterr().out.splitlines()[-2:]
+    machine, cell, live = capsys.readouterr().out.splitlines()[-3:]
     assert int(machine.split()[2]) >= 120
     costs = [float(each) for each in machine.split("ms by K ")[1].split()]
     assert len(costs) == 8
     assert 0 < costs[0] < costs[7]
     assert cell.startswith(f"rows 2  acceptance 0.5  auto after {never_slower.SETTLED} rounds ")
     assert 0.3 < float(cell.split("rounds ")[1].split()[0]) <= 1
+    assert live.startswith("rows 2  acceptance 0.5  live: auto after ")
+    assert 0.3 < float(live.split("tokens ")[1].split()[0]) <= 1
 
 
-@pytest.mark.parametrize("wrong", [["--runs", "1"], ["--rounds", "0"]])
+@pytest.mark.parametrize("wrong", [["--runs", "1"], ["--rounds", "0"], ["--live", "1"]])
 def test_too_few_runs_or_rounds_are_refused(wrong: list[str], monkeypatch: pytest.MonkeyPatch,
                                             capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys, "argv", ["recorded", *wrong])
     with pytest.raises(SystemExit) as stopped:
         recorded.main()
     assert stopped.value.code == 2
-    assert "expected 2 and 1 or more" in capsys.readouterr().err
+    assert "expected 2, 1 and 2 or more" in capsys.readouterr().err
 
 
