@@ -26,6 +26,7 @@ import random
 import statistics
 import sys
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -50,7 +51,7 @@ RIGHT = (0.2, 0.5, 0.8)  # acceptance, one text after the other
 RUNS_OF_ONE_K = (1, 1, 2, 4, 8, 16)  # rounds, one of these at random
 BEGINNING = 20  # rounds of each text that are not counted: prefill, first of their kind
 LATE = tuple(each / 20 for each in range(11))  # what is tried for it
-REWEIGHTED, USUAL_OFF = 10, 0.1  # times; share of a round: what is off by more counts for less
+FITTED, USUAL_OFF = 15, 0.1  # times; log seconds: what is off by more counts for less
 
 
 @dataclass(frozen=True)
@@ -132,17 +133,17 @@ class Followed(Asked):
     def __init__(self, policy: DraftLength, costs: CountedCosts) -> None:
         super().__init__(policy)
         self._costs = costs
-        self._chosen, self._weighed = list[int](), list[int]()  # the latter: how often until then
+        self.chosen, self._weighed = list[int](), list[int]()  # the latter: how often until then
 
     def choose(self, rows: int) -> int:
-        self._chosen.append(super().choose(rows))
+        self.chosen.append(super().choose(rows))
         self._weighed.append(self._costs.weighed)
-        return self._chosen[-1]
+        return self.chosen[-1]
 
     def shares(self, record: Record, rows: int, acceptance: float) -> Shares:
         """What this has of the best fixed K's speed, by the record's prices."""
-        brought = np.array([tokens(acceptance, k) for k in self._chosen])
-        took = np.array([record.costs[k] for k in self._chosen]) + record.weighing * np.diff(self._weighed, prepend=0)
+        brought = np.array([tokens(acceptance, k) for k in self.chosen])
+        took = np.array([record.costs[k] for k in self.chosen]) + record.weighing * np.diff(self._weighed, prepend=0)
         cold = int(np.searchsorted(brought.cumsum(), COLD)) + 1
         best = best_speed(lambda rows, k: record.costs[k], rows, acceptance, self.longest)
         return Shares(*(brought[part].sum() / took[part].sum() / best for part in (slice(SETTLED, None), slice(cold))))
@@ -186,25 +187,32 @@ def decode(pair: Pair, known: list[list[int]], acceptance: float, policy: DraftL
 
 
 def taken_apart(heard: Sequence[Heard], longest: int, weighing: float) -> Record:
-    """Costs by reweighted least squares; late is what makes the disturbance of neighbours most alike."""
-    fits = [(late, *_costs(heard, longest, late)) for late in LATE]
-    late, costs, disturbance = min(fits, key=lambda fit: float(np.abs(np.diff(fit[2])).mean()))
+    """late is what explains best how the time changes from round to round."""
+    found = [(late, *_costs(heard, longest, late)) for late in LATE]
+    late, costs, disturbance = min(found, key=lambda each: float(np.abs(np.diff(each[2])).mean()))
     return Record(costs.tolist(), late, disturbance.tolist(), weighing)
 
 
 def _costs(heard: Sequence[Heard], longest: int, late: float) -> tuple[np.ndarray, np.ndarray]:
-    """Seconds by K, and what each round was disturbed by."""
-    took = np.array([each.seconds for each in heard])
-    shares = np.zeros((len(heard), longest + 1))
-    for row, each in zip(shares, heard, strict=True):
-        row[each.k] += 1 - late
-        row[each.before] += late
-    weights = 1 / took
-    for _ in range(REWEIGHTED):
-        costs, *_ = np.linalg.lstsq(shares * weights[:, None], took * weights, rcond=None)
-        weights = 1 / (took * np.hypot(1.0, (took / (shares @ costs) - 1) / USUAL_OFF) ** 0.5)
-    logs = np.log(took / (shares @ costs))
-    return costs * math.exp(np.median(logs)), logs - np.median(logs)
+    """Seconds by K, and what each round was disturbed by.
+
+    From how log seconds change from one round to the next, which the pace has hardly a part in: it wanders slowly.
+    Gauss-Newton, with weights for what is disturbed.
+    """
+    logs = np.log([each.seconds for each in heard])
+    own, before = (np.eye(longest + 1)[ks] for ks in ([each.k for each in heard], [each.before for each in heard]))
+    costs, weights = 1.0 + np.arange(longest + 1) / 5, np.ones(len(logs) - 1)
+    for _ in range(FITTED):
+        shares = (1 - late) * own * costs + late * before * costs
+        total = shares.sum(axis=1)
+        off = np.diff(logs - np.log(total))
+        weights = 1 / np.hypot(1.0, off / USUAL_OFF) ** 0.5
+        slopes = np.diff(shares / total[:, None], axis=0)[:, 1:]  # all in units of K = 0
+        steps, *_ = np.linalg.lstsq(slopes * weights[:, None], off * weights, rcond=None)
+        costs[1:] *= np.exp(steps)
+    disturbance = logs - np.log(((1 - late) * own + late * before) @ costs)
+    pace = float(np.median(disturbance))
+    return costs * math.exp(pace), disturbance - pace
 
 
 def cold_start(record: Record, rows: int, acceptance: float, seed: int) -> Shares:
@@ -218,12 +226,12 @@ def cold_start(record: Record, rows: int, acceptance: float, seed: int) -> Share
     return policy.shares(record, rows, acceptance)
 
 
-def live_start(pair: Pair, known: list[list[int]], record: Record, acceptance: float, seed: int) -> Shares:
-    """Of a controller that knows nothing, in a new engine."""
+def live_start(pair: Pair, known: list[list[int]], record: Record, acceptance: float, seed: int) -> Followed:
+    """A controller that knew nothing, in a new engine."""
     costs = CountedCosts()
     policy = Followed(AdaptiveLength(len(record.costs) - 1, costs, seed), costs)
     decode(pair, known, acceptance, policy, seed, ROUNDS)
-    return policy.shares(record, len(known), acceptance)
+    return policy
 
 
 def told(found: Sequence[Shares]) -> str:
@@ -259,7 +267,8 @@ def main() -> int:
             print(cell, told([cold_start(record, rows, acceptance, seed) for seed in range(args.runs)]), flush=True)
             live = [live_start(pair, known[:rows], record, acceptance, seed) for seed in range(args.live)]
             if live:
-                print(cell, "live:", told(live), flush=True)
+                print(cell, "live:", told([each.shares(record, rows, acceptance) for each in live]), "Ks",
+                      dict(sorted(Counter(k for each in live for k in each.chosen[SETTLED:]).items())), flush=True)
     return 0
 
 

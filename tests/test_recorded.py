@@ -45,7 +45,7 @@ def test_costs_late_and_disturbance_are_found_again(late: float) -> None:
         heard.append(Heard(k, heard[-1].k, undisturbed * math.exp(true[-1])))
     found = recorded.taken_apart(heard[1:], 7, 0.0)
     assert found.late == pytest.approx(late, abs=0.051)
-    assert np.allclose(np.array(found.costs) / found.costs[0], COSTS, rtol=0.02)
+    assert np.allclose(np.array(found.costs) / found.costs[0], COSTS, rtol=0.01)
     assert np.median(found.disturbance) == pytest.approx(0.0, abs=1e-9)
     assert np.corrcoef(found.disturbance, true)[0, 1] > 0.98
 
