@@ -112,7 +112,7 @@ def test_a_share_is_of_the_best_fixed_length_and_weighing_is_paid_for(monkeypatc
     assert paid.late == pytest.approx(found.late * 1.7 / 1.8)
 
 
-def test_controllers_that_start_cold_reach_what_is_promised_on_a_machine_like_the_noisiest_that_was_recorded() -> None:
+def test_controllers_that_start_cold_reach_what_is_promised_on_a_machine_like_a_recorded_one() -> None:
     """Its pace wandered by 0.13 of log seconds, with 0.09 from one round to the next."""
     generator, pace, disturbance = random.Random(0), 0.0, list[float]()
     for _ in range(2000):
