@@ -314,11 +314,16 @@ def _told(by_run: Sequence[float], error: float, luckiest: Sequence[float]) -> s
             f"luckiest {statistics.median(luckiest):.3f})")
 
 
-def main() -> int:
-    cli = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+def add_cells(cli: argparse.ArgumentParser) -> None:
+    """Flags for the pair, and for the cells of the grid."""
     cli.add_argument("folder", nargs="?", default="demo")
     cli.add_argument("--rows", type=int, nargs="+", default=[1, 4, 8])
     cli.add_argument("--acceptance", type=float, nargs="+", default=[0.0, 0.2, 0.4, 0.6, 0.8, 1.0])
+
+
+def main() -> int:
+    cli = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    add_cells(cli)
     cli.add_argument("--runs", type=int, default=7, help="cold runs of each (default: %(default)s)")
     cli.add_argument("--shapes", metavar="NAME", help=f"random weights of the shapes of one of {', '.join(FAMILY)}")
     cli.add_argument("--bits", type=int, choices=BITS, default=4, help="of those shapes (default: %(default)s)")

@@ -35,7 +35,7 @@ import numpy as np
 import mlx_mtp
 from bench import blas
 from bench.card import environment_card, print_card
-from bench.never_slower import COLD, PROMPT, ROUNDS, SETTLED, Shares, texts
+from bench.never_slower import COLD, PROMPT, ROUNDS, SETTLED, Shares, add_cells, texts
 from bench.replay import ReplayDrafter, replayed_drafts
 from bench.simulated import RecordedMachine, best_speed, tokens
 from mlx_mtp import Pair
@@ -243,9 +243,7 @@ def told(found: Sequence[Shares]) -> str:
 
 def main() -> int:
     cli = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    cli.add_argument("folder", nargs="?", default="demo")
-    cli.add_argument("--rows", type=int, nargs="+", default=[1, 4, 8])
-    cli.add_argument("--acceptance", type=float, nargs="+", default=[0.0, 0.2, 0.4, 0.6, 0.8, 1.0])
+    add_cells(cli)
     cli.add_argument("--rounds", type=int, default=2000, help="to be recorded, at least (default: %(default)s)")
     cli.add_argument("--runs", type=int, default=100, help="cold starts of each (default: %(default)s)")
     cli.add_argument("--live", type=int, default=0, help="of the engine itself, too, at least 2 (default: none)")

@@ -29,7 +29,6 @@ class Machine:
     late: float = 0.0  # share of a round that is in the time of the next
     pace: float = 0.0
     chosen: list[int] = field(default_factory=list)
-    seconds: float = 0.0
     unread: tuple[int, list[int], float | None] | None = None
 
     def round(self, acceptance: float) -> int:
@@ -45,7 +44,6 @@ class Machine:
             self.policy.observe_seconds(self.rows, drafted, took)
         seconds *= 1 if k in self.chosen else FIRST_OF_ITS_KIND
         self.unread = k, accepted, seconds if self.chosen else None  # the very first follows a prefill
-        self.seconds += self.cost(self.rows, k)
         self.chosen.append(k)
         return k
 
