@@ -7,6 +7,7 @@ import random
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -60,6 +61,21 @@ def test_a_recorded_machine_is_disturbed_in_the_order_of_its_record() -> None:
         assert found == [record[(first + i) % 3] for i in range(7)]
         begun.add(first)
     assert begun == {0, 1, 2}
+
+
+def test_the_end_of_a_round_is_in_the_time_of_the_next() -> None:
+    class Alternating(Telling):
+        def choose(self, rows: int) -> int:
+            return len(self.told) // 2 % 2
+
+    policy = Alternating(1)
+    machine = RecordedMachine(policy, lambda rows, k: COSTS[k], 1, random.Random(0), late=0.25, record=[0.0])
+    for _ in range(12):
+        machine.round(1.0)
+    ks, heard = machine.chosen[:-1], [told[2] for told in policy.told[1::2]]
+    expected = [0.75 * COSTS[k] + 0.25 * COSTS[before] for before, k in pairwise(ks)]
+    assert heard[3:] == pytest.approx(expected[2:]), "the first of each kind take longer"
+    assert {(0, 1), (1, 0)} <= {*pairwise(ks[3:])}
 
 
 def test_rounds_have_a_k_at_random_and_who_is_asked_hears_of_them_all_the_same() -> None:
