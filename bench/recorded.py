@@ -15,7 +15,8 @@ took beside the engine: a controller was asked there too, and not followed. The 
 programs and the host's late reads are thus the machine's own; what is made up are the drafts that are right, and that a
 round costs the same wherever it is in a text. After 64 rounds and over a request of 256 tokens, as there; means and
 their standard errors, and what nine in ten cold starts reach. --live: so many controllers meet the engine itself, too,
-and what they choose there is priced likewise.
+and what they choose there is priced likewise. What prices are in doubt by is told beside it; the best fixed K is the
+best by those same prices, so their errors make the shares smaller than they are.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 
@@ -46,6 +48,7 @@ from mlx_mtp.engine.request import Request
 from mlx_mtp.spec_decode.draft_length import AdaptiveLength, DraftLength
 from mlx_mtp.spec_decode.round_costs import RoundCosts
 
+LONGEST = EngineConfig().max_draft_tokens
 TEXT = 800  # tokens of each text
 RIGHT = (0.2, 0.5, 0.8)  # acceptance, one text after the other
 RUNS_OF_ONE_K = (1, 1, 2, 4, 8, 16)  # rounds, one of these at random
@@ -159,16 +162,36 @@ class Record:
     weighing: float
 
 
-def recorded(pair: Pair, known: list[list[int]], rounds: int) -> Record:
-    """known: texts of the rows, decoded until there are so many rounds."""
-    longest, heard, weighing = EngineConfig().max_draft_tokens, list[Heard](), list[float]()
-    while len(heard) < rounds:
-        seed, costs = len(weighing), CountedCosts()
-        policy = AtRandom(AdaptiveLength(longest, costs, seed), seed)
-        decode(pair, known, RIGHT[seed % len(RIGHT)], policy, seed)
-        heard += policy.heard()
-        weighing.append(policy.weighing / costs.weighed)
-    return taken_apart(heard, longest, statistics.median(weighing))
+class Recorder:
+    """Decodes texts with Ks at random: part by part, since a shared machine is another one in half an hour.
+
+    known: the texts, one a row.
+    """
+
+    def __init__(self, pair: Pair, known: list[list[int]]) -> None:
+        self._pair, self._known = pair, known
+        self._parts, self._weighing = list[list[Heard]](), list[float]()
+
+    def hear(self, rounds: int) -> None:
+        """Another part, of so many rounds or more."""
+        part = list[Heard]()
+        while len(part) < rounds:
+            seed, costs = len(self._weighing), CountedCosts()
+            policy = AtRandom(AdaptiveLength(LONGEST, costs, seed), seed)
+            decode(self._pair, self._known, RIGHT[seed % len(RIGHT)], policy, seed)
+            part += policy.heard()
+            self._weighing.append(policy.weighing / costs.weighed)
+        self._parts.append(part)
+
+    def record(self) -> Record:
+        return self._taken_apart(self._parts)
+
+    def without_each(self) -> list[Record]:
+        """The record but for one part, for each of them."""
+        return [self._taken_apart([*self._parts[:i], *self._parts[i + 1 :]]) for i in range(len(self._parts))]
+
+    def _taken_apart(self, parts: list[list[Heard]]) -> Record:
+        return taken_apart([*chain.from_iterable(parts)], LONGEST, statistics.median(self._weighing))
 
 
 def decode(pair: Pair, known: list[list[int]], acceptance: float, policy: DraftLength, seed: int,
@@ -226,12 +249,20 @@ def cold_start(record: Record, rows: int, acceptance: float, seed: int) -> Share
     return policy.shares(record, rows, acceptance)
 
 
-def live_start(pair: Pair, known: list[list[int]], record: Record, acceptance: float, seed: int) -> Followed:
+def live_start(pair: Pair, known: list[list[int]], acceptance: float, seed: int) -> Followed:
     """A controller that knew nothing, in a new engine."""
     costs = CountedCosts()
-    policy = Followed(AdaptiveLength(len(record.costs) - 1, costs, seed), costs)
+    policy = Followed(AdaptiveLength(LONGEST, costs, seed), costs)
     decode(pair, known, acceptance, policy, seed, ROUNDS)
     return policy
+
+
+def live_cell(live: Sequence[Followed], record: Record, others: Sequence[Record], rows: int, acceptance: float) -> str:
+    """others: the record without each of its parts, from which the jackknife tells what prices are in doubt by."""
+    ks = dict(sorted(Counter(k for each in live for k in each.chosen[SETTLED:]).items()))
+    late = [statistics.mean(each.shares(other, rows, acceptance).late for each in live) for other in others]
+    doubt = (len(late) - 1) * statistics.pvariance(late)
+    return f"{told([each.shares(record, rows, acceptance) for each in live])} prices ± {doubt**0.5:.3f} Ks {ks}"
 
 
 def told(found: Sequence[Shares]) -> str:
@@ -239,6 +270,28 @@ def told(found: Sequence[Shares]) -> str:
                   f"(nine in ten {np.quantile(shares, 0.1):.3f})"
                   for shares in ([each.late for each in found], [each.cold for each in found]))
     return f"auto after {SETTLED} rounds {late}, first {COLD} tokens {cold}"
+
+
+def width(pair: Pair, known: list[list[int]], args: argparse.Namespace) -> None:
+    """All cells of as many rows as there are texts. A part is recorded before each acceptance's live controllers, and
+    one after all."""
+    rows, recorder, live = len(known), Recorder(pair, known), list[list[Followed]]()
+    part = math.ceil(args.rounds / (len(args.acceptance) + 1))
+    for acceptance in args.acceptance:
+        recorder.hear(part)
+        live.append([live_start(pair, known, acceptance, seed) for seed in range(args.live)])
+    recorder.hear(part)
+    record = recorder.record()
+    disturbed = np.std(record.disturbance), np.std(np.diff(record.disturbance))
+    print(f"rows {rows}  {len(record.disturbance)} rounds, disturbed by {disturbed[0]:.3f} of log seconds, "
+          f"{disturbed[1]:.3f} from one to the next; late {record.late:.2f}; weighing {1e3 * record.weighing:.2f} ms; "
+          f"ms by K {' '.join(f'{1e3 * cost:.1f}' for cost in record.costs)}")
+    others = recorder.without_each() if args.live else []
+    for acceptance, followed in zip(args.acceptance, live, strict=True):
+        cell = f"rows {rows}  acceptance {acceptance:.1f} "
+        print(cell, told([cold_start(record, rows, acceptance, seed) for seed in range(args.runs)]), flush=True)
+        if followed:
+            print(cell, "live:", live_cell(followed, record, others, rows, acceptance), flush=True)
 
 
 def main() -> int:
@@ -255,18 +308,7 @@ def main() -> int:
     print_card(environment_card())
     known = texts(pair, max(args.rows), TEXT)
     for rows in args.rows:
-        record = recorded(pair, known[:rows], args.rounds)
-        disturbed = np.std(record.disturbance), np.std(np.diff(record.disturbance))
-        print(f"rows {rows}  {len(record.disturbance)} rounds, disturbed by {disturbed[0]:.3f} of log seconds, "
-              f"{disturbed[1]:.3f} from one to the next; late {record.late:.2f}; weighing "
-              f"{1e3 * record.weighing:.2f} ms; ms by K {' '.join(f'{1e3 * cost:.1f}' for cost in record.costs)}")
-        for acceptance in args.acceptance:
-            cell = f"rows {rows}  acceptance {acceptance:.1f} "
-            print(cell, told([cold_start(record, rows, acceptance, seed) for seed in range(args.runs)]), flush=True)
-            live = [live_start(pair, known[:rows], record, acceptance, seed) for seed in range(args.live)]
-            if live:
-                print(cell, "live:", told([each.shares(record, rows, acceptance) for each in live]), "Ks",
-                      dict(sorted(Counter(k for each in live for k in each.chosen[SETTLED:]).items())), flush=True)
+        width(pair, known[:rows], args)
     return 0
 
 

@@ -145,6 +145,21 @@ def test_the_mean_is_told_with_its_error_and_what_nine_in_ten_reach() -> None:
         "auto after 64 rounds 0.950 ± 0.005 (nine in ten 0.900), first 256 tokens 0.800 ± 0.000 (nine in ten 0.800)")
 
 
+def test_what_prices_are_in_doubt_by_is_told_from_the_record_without_each_part() -> None:
+    costs = CountedCosts()
+    policy = recorded.Followed(FixedLength(7), costs)
+    for _ in range(300):
+        policy.choose(1)
+    record, dearer = (Record([*COSTS[:7], last], 0.1, [0.0], 0.0) for last in (2.5, 4.0))
+    others = [record, dearer]
+    shares = [policy.shares(each, 1, 0.9).late for each in others]
+    assert shares[0] == pytest.approx(1.0)
+    assert shares[1] < 0.8
+    told = recorded.live_cell([policy] * 2, record, others, 1, 0.9)
+    assert told.startswith("auto after 64 rounds 1.000 ± 0.000")
+    assert told.endswith(f"prices ± {(shares[0] - shares[1]) / 2:.3f} Ks {{7: {300 - never_slower.SETTLED}}}")
+
+
 def test_a_real_engine_is_recorded(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(recorded, "TEXT", 300)
     monkeypatch.setattr(recorded.blas, "prefer_openblas", lambda: None)
@@ -160,6 +175,7 @@ def test_a_real_engine_is_recorded(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     assert 0.3 < float(cell.split("rounds ")[1].split()[0]) <= 1
     assert live.startswith("rows 2  acceptance 0.5  live: auto after ")
     assert 0.3 < float(live.split("tokens ")[1].split()[0]) <= 1
+    assert 0 < float(live.split("prices ± ")[1].split()[0]) < 0.3
 
 
 @pytest.mark.parametrize("wrong", [["--runs", "1"], ["--rounds", "0"], ["--live", "1"]])
