@@ -12,6 +12,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
+import mlx_mtp
 from bench import never_slower, recorded
 from bench.never_slower import Shares
 from bench.recorded import AtRandom, CountedCosts, Heard, Record
@@ -157,7 +158,30 @@ def test_what_prices_are_in_doubt_by_is_told_from_the_record_without_each_part()
     assert shares[1] < 0.8
     told = recorded.live_cell([policy] * 2, record, others, 1, 0.9)
     assert told.startswith("auto after 64 rounds 1.000 ± 0.000")
-    assert told.endswith(f"prices ± {(shares[0] - shares[1]) / 2:.3f} Ks {{7: {300 - never_slower.SETTLED}}}")
+    assert told.endswith(f"prices ± {(shares[0] - shares[1]) / 2:.3f} Ks {{7: {2 * (300 - never_slower.SETTLED)}}}")
+
+
+@pytest.mark.parametrize(("turned", "asked", "kept"), [({0, 2}, 5, 3), ({0, 1, 2, 3, 4}, 6, 1)])
+def test_controllers_whose_texts_took_another_turn_are_replaced(turned: set[int], asked: int, kept: int,
+                                                                monkeypatch: pytest.MonkeyPatch) -> None:
+    def decode(*arguments: object) -> bool:
+        seeds.append(arguments[4])
+        return seeds[-1] not in turned
+
+    seeds = list[object]()
+    monkeypatch.setattr(recorded, "decode", decode)
+    assert len(recorded.live_starts(mlx_mtp.load(), [], 0.8, 3)) == kept
+    assert seeds == [*range(asked)]
+
+
+@pytest.mark.parametrize("turn", [False, True])
+def test_a_text_that_takes_another_turn_is_noticed(turn: bool) -> None:
+    pair = mlx_mtp.load()
+    (known,) = never_slower.texts(pair, 1, 40)
+    known = known[: never_slower.PROMPT + 30]
+    if turn:
+        known[-3] += 1
+    assert recorded.decode(pair, [known], 0.8, FixedLength(2), 0) is not turn
 
 
 def test_a_real_engine_is_recorded(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -173,7 +197,7 @@ def test_a_real_engine_is_recorded(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     assert 0 < costs[0] < costs[7]
     assert cell.startswith(f"rows 2  acceptance 0.5  auto after {never_slower.SETTLED} rounds ")
     assert 0.3 < float(cell.split("rounds ")[1].split()[0]) <= 1
-    assert live.startswith("rows 2  acceptance 0.5  live: auto after ")
+    assert live.startswith("rows 2  acceptance 0.5  live, 2 runs: auto after ")
     assert 0.3 < float(live.split("tokens ")[1].split()[0]) <= 1
     assert 0 < float(live.split("prices ± ")[1].split()[0]) < 0.3
 
