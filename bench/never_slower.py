@@ -216,6 +216,17 @@ class _Noted(Engine):
         self._is_disturbed = True
 
 
+def as_known(tokens: Sequence[Sequence[int]], known: Sequence[Sequence[int]]) -> np.ndarray:
+    """[rows, TOKENS] bool: where a draft from the known text may be right. Where two tokens or two experts are nearly
+    tied, a pass of another width may take the other one, and from there on the text is another."""
+    found = np.ones((len(known), TOKENS), bool)
+    for row, (own, text) in enumerate(zip(tokens, known, strict=True)):
+        same = [a == b for a, b in zip(own, text[PROMPT:], strict=False)]
+        if not all(same):
+            found[row, same.index(False) :] = False
+    return found
+
+
 def brought(right: np.ndarray, decoded: np.ndarray, longest: int) -> list[float]:
     """Tokens of a round of K = 0, 1, ..., longest drafts, on average over where it may begin: where `decoded` is true.
 
@@ -289,7 +300,9 @@ def compare(pair: Pair, rows: int, acceptance: float, known: list[list[int]], ru
         requests = [Request(text[:PROMPT], SamplingParams(TOKENS), frozenset(), 10**6) for text in known]
         priced = worth_pricing(every, brings, prices) if every else range(longest + 1)
         every.append(engine.rounds(requests, prices, priced, seed=run))
-        brings.append(brought((drafts != wrong)[:, PROMPT : PROMPT + TOKENS], every[-1].decoded, longest))
+        right = (drafts != wrong)[:, PROMPT : PROMPT + TOKENS]
+        brings.append(brought(right & as_known([request.tokens for request in requests], known), every[-1].decoded,
+                              longest))
 
     costs = prices.seconds()
     luckiest = [shares(seen, tokens, costs, costs) for seen, tokens in zip(every, brings, strict=True)]

@@ -17,6 +17,15 @@ from mlx_mtp.spec_decode.draft_length import AdaptiveLength, FixedLength
 from mlx_mtp.spec_decode.round_costs import RoundCosts
 
 
+def test_where_a_text_took_another_turn_no_draft_is_right_any_more() -> None:
+    prompt = [0] * never_slower.PROMPT
+    found = never_slower.as_known([[5, 6, 8, 8], [5, 6, 7]], [[*prompt, 5, 6, 7, 8, 9]] * 2)
+    assert found.shape == (2, never_slower.TOKENS)
+    assert found[0, :4].tolist() == [True, True, False, False]
+    assert not found[0, 2:].any()
+    assert found[1].all()
+
+
 def test_prices_by_halves_share_no_pass() -> None:
     prices = never_slower.Prices()
     for slower in (1.0, 10.0, 2.0, 20.0):
