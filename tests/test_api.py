@@ -316,7 +316,9 @@ def test_what_rounds_take_is_remembered_for_the_next_process_unless_the_user_for
     mlx_mtp.generate(first, PROMPT, max_tokens=20)
     written = first.calibration.read(key)
     assert written is not None
-    assert written["1"]["1"] > 0, "what nobody can read is replaced, and ends no answer"
+    assert isinstance(written["1"], dict), "what nobody can read is replaced, and ends no answer"
+    assert len(written["1"]) > 0, "which K was timed often enough is a matter of time"
+    assert min(written["1"].values()) > 0
 
 
 def test_costs_of_rounds_are_kept_by_the_way_to_the_experts_too() -> None:
