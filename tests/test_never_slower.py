@@ -158,12 +158,22 @@ def test_auto_is_set_against_every_fixed_length(
         seeds.append(seed)
         return AdaptiveLength(longest, costs, seed)
 
+    rights: list[np.ndarray] = []
+
+    def brought(right: np.ndarray, decoded: np.ndarray, longest: int) -> list[float]:
+        rights.append(right)
+        return real(right, decoded, longest)
+
+    real, turn = never_slower.brought, np.arange(800) < 700
+    monkeypatch.setattr(never_slower, "brought", brought)
+    monkeypatch.setattr(never_slower, "as_known", lambda tokens, known: np.tile(turn, (len(known), 1)))
     monkeypatch.setattr(never_slower, "ReplayDrafter", Noting)
     monkeypatch.setattr(never_slower, "AdaptiveLength", noted)
     never_slower.compare(pair, 2, 0.5, never_slower.texts(pair, 2, 800), runs=2)
     assert len(given) == 2
     assert len({AdaptiveLength(7, RoundCosts(), seed)._random.random() for seed in seeds}) == 2, "likewise of draws"
     assert (given[0] != given[1]).mean() > 0.25, "the runs share their luck"
+    assert all(right[:, :700].any() and not right[:, 700:].any() for right in rights), "none behind a turn"
     line = capsys.readouterr().out
     late, cold = (float(part.split()[0]) for part in (line.split("3 rounds ")[1], line.split("256 tokens ")[1]))
     assert 0.05 < late < 20  # nothing is known of so few rounds but that they were compared
