@@ -252,25 +252,39 @@ def cold_start(record: Record, rows: int, acceptance: float, seed: int) -> Share
     return policy.shares(record, rows, acceptance)
 
 
-def live_starts(pair: Pair, known: list[list[int]], acceptance: float, count: int) -> list[Followed]:
+@dataclass(frozen=True)
+class Live:
+    """Controllers that met an engine. replaced: how many others there were, whose texts took another turn."""
+
+    kept: list[Followed]
+    replaced: int
+
+
+def live_starts(pair: Pair, known: list[list[int]], acceptance: float, count: int) -> Live:
     """Controllers that knew nothing, each in a new engine; those whose texts took another turn, up to as many, are
     replaced: their drafts were not right as often as `acceptance` says."""
-    found = list[Followed]()
-    for seed in range(2 * count):
-        if len(found) < count:
-            costs = CountedCosts()
-            policy = Followed(AdaptiveLength(LONGEST, costs, seed), costs)
-            if decode(pair, known, acceptance, policy, seed, ROUNDS):
-                found.append(policy)
-    return found
+    kept, replaced = list[Followed](), 0
+    while len(kept) < count and len(kept) + replaced < 2 * count:
+        seed, costs = len(kept) + replaced, CountedCosts()
+        policy = Followed(AdaptiveLength(LONGEST, costs, seed), costs)
+        if decode(pair, known, acceptance, policy, seed, ROUNDS):
+            kept.append(policy)
+        else:
+            replaced += 1
+    return Live(kept, replaced)
 
 
-def live_cell(live: Sequence[Followed], record: Record, others: Sequence[Record], rows: int, acceptance: float) -> str:
+def live_cell(found: Live, record: Record, others: Sequence[Record], rows: int, acceptance: float) -> str:
     """others: the record without each of its parts, from which the jackknife tells what prices are in doubt by."""
+    live = found.kept
+    runs = f"live, {len(live)} runs, {found.replaced} replaced whose text took another turn:"
+    if len(live) < 2:
+        return f"{runs} too few to say anything"
     ks = dict(sorted(Counter(k for each in live for k in each.chosen[SETTLED:]).items()))
     late = [statistics.mean(each.shares(other, rows, acceptance).late for each in live) for other in others]
     doubt = (len(late) - 1) * statistics.pvariance(late)
-    return f"{told([each.shares(record, rows, acceptance) for each in live])} prices ± {doubt**0.5:.3f} Ks {ks}"
+    shares = told([each.shares(record, rows, acceptance) for each in live])
+    return f"{runs} {shares} prices ± {doubt**0.5:.3f} Ks {ks}"
 
 
 def told(found: Sequence[Shares]) -> str:
@@ -283,7 +297,7 @@ def told(found: Sequence[Shares]) -> str:
 def width(pair: Pair, known: list[list[int]], args: argparse.Namespace) -> None:
     """All cells of as many rows as there are texts. A part is recorded before each acceptance's live controllers, and
     one after all."""
-    rows, recorder, live = len(known), Recorder(pair, known), list[list[Followed]]()
+    rows, recorder, live = len(known), Recorder(pair, known), list[Live]()
     part = math.ceil(args.rounds / (len(args.acceptance) + 1))
     for acceptance in args.acceptance:
         recorder.hear(part)
@@ -295,12 +309,11 @@ def width(pair: Pair, known: list[list[int]], args: argparse.Namespace) -> None:
           f"{disturbed[1]:.3f} from one to the next; late {record.late:.2f}; weighing {1e3 * record.weighing:.2f} ms; "
           f"ms by K {' '.join(f'{1e3 * cost:.1f}' for cost in record.costs)}")
     others = recorder.without_each() if args.live else []
-    for acceptance, followed in zip(args.acceptance, live, strict=True):
+    for acceptance, found in zip(args.acceptance, live, strict=True):
         cell = f"rows {rows}  acceptance {acceptance:.1f} "
         print(cell, told([cold_start(record, rows, acceptance, seed) for seed in range(args.runs)]), flush=True)
-        if len(followed) > 1:
-            cell += f" live, {len(followed)} runs:"
-            print(cell, live_cell(followed, record, others, rows, acceptance), flush=True)
+        if args.live:
+            print(cell, live_cell(found, record, others, rows, acceptance), flush=True)
 
 
 def main() -> int:

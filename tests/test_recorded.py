@@ -15,7 +15,7 @@ import pytest
 import mlx_mtp
 from bench import never_slower, recorded
 from bench.never_slower import Shares
-from bench.recorded import AtRandom, CountedCosts, Heard, Record
+from bench.recorded import AtRandom, CountedCosts, Heard, Live, Record
 from bench.simulated import RecordedMachine
 from mlx_mtp.spec_decode.draft_length import AdaptiveLength, FixedLength
 from mlx_mtp.spec_decode.round_costs import RoundCosts
@@ -156,8 +156,8 @@ def test_what_prices_are_in_doubt_by_is_told_from_the_record_without_each_part()
     shares = [policy.shares(each, 1, 0.9).late for each in others]
     assert shares[0] == pytest.approx(1.0)
     assert shares[1] < 0.8
-    told = recorded.live_cell([policy] * 2, record, others, 1, 0.9)
-    assert told.startswith("auto after 64 rounds 1.000 ± 0.000")
+    told = recorded.live_cell(Live([policy] * 2, 1), record, others, 1, 0.9)
+    assert told.startswith("live, 2 runs, 1 replaced whose text took another turn: auto after 64 rounds 1.000 ± 0.000")
     assert told.endswith(f"prices ± {(shares[0] - shares[1]) / 2:.3f} Ks {{7: {2 * (300 - never_slower.SETTLED)}}}")
 
 
@@ -170,8 +170,16 @@ def test_controllers_whose_texts_took_another_turn_are_replaced(turned: set[int]
 
     seeds = list[object]()
     monkeypatch.setattr(recorded, "decode", decode)
-    assert len(recorded.live_starts(mlx_mtp.load(), [], 0.8, 3)) == kept
+    found = recorded.live_starts(mlx_mtp.load(), [], 0.8, 3)
+    assert (len(found.kept), found.replaced) == (kept, asked - kept)
     assert seeds == [*range(asked)]
+
+
+@pytest.mark.parametrize("kept", [0, 1])
+def test_of_a_cell_where_too_few_texts_were_kept_just_that_is_told(kept: int) -> None:
+    policy = recorded.Followed(FixedLength(7), CountedCosts())
+    told = recorded.live_cell(Live([policy] * kept, 4), Record(COSTS, 0.1, [0.0], 0.0), [], 1, 0.9)
+    assert told == f"live, {kept} runs, 4 replaced whose text took another turn: too few to say anything"
 
 
 @pytest.mark.parametrize("turn", [False, True])
@@ -197,7 +205,7 @@ def test_a_real_engine_is_recorded(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     assert 0 < costs[0] < costs[7]
     assert cell.startswith(f"rows 2  acceptance 0.5  auto after {never_slower.SETTLED} rounds ")
     assert 0.3 < float(cell.split("rounds ")[1].split()[0]) <= 1
-    assert live.startswith("rows 2  acceptance 0.5  live, 2 runs: auto after ")
+    assert live.startswith("rows 2  acceptance 0.5  live, 2 runs, ")
     assert 0.3 < float(live.split("tokens ")[1].split()[0]) <= 1
     assert 0 < float(live.split("prices ± ")[1].split()[0]) < 0.3
 
