@@ -13,10 +13,11 @@ import pytest
 from support import GOLDENS, KINDS, decode, golden_pair, new_cache, relative_error
 
 from mlx_mtp import ConfigError, device
-from mlx_mtp.checkpoint.cpu_layout import CACHE_LINE, on_cache_line
+from mlx_mtp.checkpoint.cpu_layout import CACHE_LINE, lay_out_for_cpu, on_cache_line
 from mlx_mtp.checkpoint.loader import load_drafter, load_target, materialize
 from mlx_mtp.config import SamplingParams
 from mlx_mtp.models import vector_math
+from mlx_mtp.models.moe import ExpertLinear
 from mlx_mtp.spec_decode.loop import DecodeState, decode_round, first_token, prefill_chunk
 from mlx_mtp.spec_decode.sampler import Sampler
 
@@ -155,6 +156,20 @@ def test_matrices_lie_column_by_column_on_cpu_and_give_the_same_logits() -> None
     tokens, valid = mx.array([[2, 5, 9, 200]]), mx.array([4])
     logits = [model.logits(model(tokens, new_cache(model).stage(4, valid))) for model in (plain, laid_out)]
     assert relative_error(*logits) <= 2e-6
+
+
+@pytest.mark.parametrize(("outputs", "inputs", "by_rows"), [
+    (256, 512, True), (512, 256, False), (128, 512, False), (256, 1024, True), (1024, 1024, False), (512, 2048, False),
+])
+def test_experts_with_long_rows_lie_row_by_row_on_cpu(outputs: int, inputs: int, by_rows: bool) -> None:
+    layer = ExpertLinear(3, inputs, outputs)
+    before = mx.array(layer.weight)
+    lay_out_for_cpu(layer)
+    assert layer.weight.shape == (3, outputs, inputs)
+    assert mx.array_equal(layer.weight, before)
+    weight = np.asarray(layer.weight)
+    assert weight.strides[1:] == ((4 * inputs, 4) if by_rows else (4, 4 * outputs))
+    assert weight.ctypes.data % CACHE_LINE == 0
 
 
 @pytest.mark.parametrize("shape", [(3,), (5, 7), (4, 32, 64), (2, 600, 512)])

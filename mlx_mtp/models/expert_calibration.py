@@ -158,7 +158,7 @@ def entry_key(layers: Sequence[SwitchGLU], shape: Shape, has_kernel: bool) -> st
 def _format(matrix: Any) -> str:
     if isinstance(matrix, QuantizedExpertLinear):
         return f"{matrix.bits} bits {matrix.mode} by {matrix.group_size}"
-    return str(matrix.weight.dtype) + (" by columns" if lacks_fast_kernels(matrix.weight) else "")
+    return str(matrix.weight.dtype) + (" by rows or columns" if lacks_fast_kernels(matrix.weight) else "")
 
 
 def random_pass(shape: Shape, tokens: int, seed: int) -> tuple[mx.array, mx.array]:
