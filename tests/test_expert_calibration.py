@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
@@ -24,6 +24,7 @@ from mlx_mtp.models.expert_calibration import (
     LEAST_ROUNDS,
     MOST_ROUNDS,
     PORTABLE,
+    SWEEPS,
     Costs,
     Shape,
     candidates,
@@ -35,6 +36,7 @@ from mlx_mtp.models.expert_calibration import (
 from mlx_mtp.models.expert_dispatch import ALL, GATHER, KERNEL, SORTED, SPLIT, default_plan, dispatch
 from mlx_mtp.models.moe import SwitchGLU
 
+TOKENS = (1, 8, 64)
 SHAPE = Shape(hidden_size=32, num_experts=8, top_k=2, dtype=mx.float32)
 
 
@@ -203,8 +205,22 @@ def test_measuring_stops_when_its_time_is_spent(monkeypatch: pytest.MonkeyPatch)
         return len(runs) - len(PORTABLE)  # those that warm up come before the clock starts
 
     assert runs_within(0.0, 1, 4, 64) == 3  # the default's one run for every count
-    assert runs_within(25.0, 64) == LEAST_ROUNDS * len(PORTABLE)  # confirmed, but no more
-    assert runs_within(1000.0, 64) == MOST_ROUNDS * len(PORTABLE)
+    assert runs_within(60.0, 64) == SWEEPS * LEAST_ROUNDS * len(PORTABLE)  # confirmed, but no more
+    assert runs_within(1000.0, 64) == SWEEPS * MOST_ROUNDS * len(PORTABLE)
+
+
+def test_what_disturbs_a_strategy_for_a_while_does_not_decide(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As what shares work out among cores, while both of its threads are on one of them."""
+    timers: list[bool] = []
+
+    def timer(*_: object) -> Callable[[str], float]:
+        timers.append(is_disturbed := len(timers) < len(TOKENS))
+        return lambda name: (9.0 if is_disturbed else 0.5) if name == SPLIT else 1.0
+
+    monkeypatch.setattr(expert_calibration, "_timer", timer)
+    costs = measure([layer()], SHAPE, TOKENS, PORTABLE, clock=lambda: 0.0)
+    assert all(by_name[SPLIT] == 0.5 for by_name in costs.seconds.values())
+    assert all(costs.plan(2, PORTABLE).strategy(2 * tokens) == SPLIT for tokens in TOKENS)
 
 
 def test_the_kernel_is_not_offered_without_a_device_for_it(file: CalibrationFile, with_costs: list[int]) -> None:

@@ -50,7 +50,8 @@ OVERTIME = 2.0  # times the budget, for runs that confirm what was measured too 
 CLEARLY_FASTER = 0.95  # of the default's time: below that it is left for another strategy; what noise does not do
 HOPELESS = 1.3  # times the best: not measured again at this count
 FAR_BEHIND = 1.6  # times the best: not measured at twice the count either
-LEAST_ROUNDS, MOST_ROUNDS = 3, 5  # of runs for one count; what time they leave is for the larger counts
+SWEEPS = 2  # through all counts: what disturbs one of them for a while has passed when it has its next turn
+LEAST_ROUNDS, MOST_ROUNDS = 2, 3  # of runs for one count in a sweep; what time they leave is for the larger counts
 LAYERS_A_RUN = 4  # one behind the other, as in a pass: handing work over and waiting for it does not count much then
 FEW_TOKENS = 16  # up to so many a CPU runs several layers too; with more, waiting is nothing beside the work
 TRACE = 1e-3  # of a layer's output goes into the next one's input
@@ -223,20 +224,34 @@ def measure(
     Where OVERTIME runs out strategies stay unmeasured, but never the default plan's; a run that has begun is finished.
     """
     counts = sorted(set(token_counts))
-    shares = [tokens**0.5 for tokens in counts]
-    seconds: dict[int, dict[str, float]] = {}
     turn = count()
     for name in strategies:  # what the first run of each pays once is nobody's cost
         mx.eval(dispatch(name, *random_pass(shape, counts[0], 0), layers[0].mlp))
-    start = clock()
+    least: dict[int, dict[str, float]] = {}
+    start, share = clock(), budget / SWEEPS
+    for sweep in range(SWEEPS):
+        if sweep == 0 or clock() < start + OVERTIME * budget:
+            for routes, found in _sweep(layers, shape, counts, strategies, start + sweep * share, share, turn, clock):
+                known = least.setdefault(routes, {})
+                known.update({name: min(seconds, known.get(name, math.inf)) for name, seconds in found.items()})
+    return Costs(least)
+
+
+def _sweep(
+    layers: Sequence[SwitchGLU], shape: Shape, counts: Sequence[int], strategies: Sequence[str],
+    start: float, budget: float, turn: Iterator[int], clock: Callable[[], float],
+) -> Iterator[tuple[int, dict[str, float]]]:
+    """Routes, and the seconds of the strategies there, for each count of tokens once."""
+    shares = [tokens**0.5 for tokens in counts]
+    seconds: dict[int, dict[str, float]] = {}
     for i, tokens in enumerate(counts):
         deadline = start + budget * sum(shares[: i + 1]) / sum(shares)
         run = _timer(layers, shape, tokens, turn, clock)
-        behind = _far_behind(seconds, tokens * shape.top_k)
-        names = candidates(shape, tokens * shape.top_k, [name for name in strategies if name not in behind])
-        found = _fastest_runs(run, names, deadline, start + OVERTIME * budget, clock)
-        seconds[tokens * shape.top_k] = found
-    return Costs(seconds)
+        routes = tokens * shape.top_k
+        behind = _far_behind(seconds, routes)
+        names = candidates(shape, routes, [name for name in strategies if name not in behind])
+        seconds[routes] = _fastest_runs(run, names, deadline, start + OVERTIME * budget, clock)
+        yield routes, seconds[routes]
 
 
 def _far_behind(seconds: Mapping[int, Mapping[str, float]], routes: int) -> set[str]:
