@@ -104,12 +104,13 @@ def polished(passes: list[list[float]]) -> list[float]:
     return [float(each) for each in np.exp(by_k + np.median(paces))]
 
 
-def texts(pair: Pair, rows: int, count: int) -> list[list[int]]:
-    """Plain decoding's, prompts and `count` tokens of each; a scripted target's are known without it."""
+def texts(pair: Pair, rows: int, count: int, seed: int = 7) -> list[list[int]]:
+    """Plain decoding's, prompts and `count` tokens of each; a scripted target's are known without it. seed: of the
+    prompts."""
+    prompts = random_prompts(RANDOM, rows, PROMPT, seed)
     if isinstance(pair.target, ScriptedTarget):
-        return [[*prompt, *pair.target.text_after(prompt, count)] for prompt in random_prompts(RANDOM, rows, PROMPT)]
-    requests = [Request(prompt, SamplingParams(count), frozenset(), 10**6)
-                for prompt in random_prompts(RANDOM, rows, PROMPT)]
+        return [[*prompt, *pair.target.text_after(prompt, count)] for prompt in prompts]
+    requests = [Request(prompt, SamplingParams(count), frozenset(), 10**6) for prompt in prompts]
     for _ in Engine(pair.target, None, EngineConfig(prefix_tokens=0, prefill_chunk=rows * PROMPT)).run(requests):
         pass
     return [[*request.prompt, *request.tokens] for request in requests]

@@ -52,6 +52,7 @@ LONGEST = EngineConfig().max_draft_tokens
 TEXT = 800  # tokens of each text
 RIGHT = (0.2, 0.5, 0.8)  # acceptance, one text after the other
 RUNS_OF_ONE_K = (1, 1, 2, 4, 8, 16)  # rounds, one of these at random
+LEAST_SETTLED = 32  # rounds after SETTLED of a run that was cut short, at least
 BEGINNING = 20  # rounds of each text that are not counted: prefill, first of their kind
 LATE = tuple(each / 20 for each in range(11))  # what is tried for it
 FITTED, USUAL_OFF = 15, 0.1  # times; log seconds: what is off by more counts for less
@@ -162,6 +163,19 @@ class Record:
     weighing: float
 
 
+class Texts:
+    """Known texts, one a row, and as many other such texts as are asked for."""
+
+    def __init__(self, pair: Pair, rows: int) -> None:
+        self._pair, self._rows = pair, rows
+        self._known = list[list[list[int]]]()
+
+    def __getitem__(self, i: int) -> list[list[int]]:
+        while len(self._known) <= i:
+            self._known.append(texts(self._pair, self._rows, TEXT, seed=len(self._known)))
+        return self._known[i]
+
+
 class Recorder:
     """Decodes texts with Ks at random: part by part, since a shared machine is another one in half an hour.
 
@@ -196,8 +210,9 @@ class Recorder:
 
 def decode(pair: Pair, known: list[list[int]], acceptance: float, policy: DraftLength, seed: int,
            rounds: float = math.inf) -> bool:
-    """With a new engine, until a text or so many rounds are over. Returns whether all texts are the known ones: where
-    two tokens or two experts are nearly tied, a pass of another width may take the other one, and no draft is right."""
+    """With a new engine, until a text or so many rounds are over, or a text is no longer the known one: where two
+    tokens or two experts are nearly tied, a pass of another width may take the other one, and then no replayed draft is
+    right. Returns whether that was not so."""
     assert pair.drafter is not None
     drafts = replayed_drafts(known, acceptance, pair.target.config.text.vocab_size, seed=seed)
     config = EngineConfig(prefix_tokens=0, prefill_chunk=len(known) * PROMPT)
@@ -208,8 +223,10 @@ def decode(pair: Pair, known: list[list[int]], acceptance: float, policy: DraftL
         engine.submit(request)
     while not any(request.is_finished for request in requests) and requests[0].rounds < rounds:
         engine.step()
-    return all([*request.prompt, *request.tokens] == text[: PROMPT + len(request.tokens)]
-               for request, text in zip(requests, known, strict=True))
+        if any(request.tokens[-1:] != text[PROMPT:][: len(request.tokens)][-1:]
+               for request, text in zip(requests, known, strict=True)):
+            return False
+    return True
 
 
 def taken_apart(heard: Sequence[Heard], longest: int, weighing: float) -> Record:
@@ -254,30 +271,37 @@ def cold_start(record: Record, rows: int, acceptance: float, seed: int) -> Share
 
 @dataclass(frozen=True)
 class Live:
-    """Controllers that met an engine. replaced: how many others there were, whose texts took another turn."""
+    """Controllers that met an engine. cut: of these, how many only until their text took another turn. replaced:
+    others, of whom so little was left that it says nothing."""
 
     kept: list[Followed]
+    cut: int
     replaced: int
 
 
-def live_starts(pair: Pair, known: list[list[int]], acceptance: float, count: int) -> Live:
-    """Controllers that knew nothing, each in a new engine; those whose texts took another turn, up to as many, are
-    replaced: their drafts were not right as often as `acceptance` says."""
-    kept, replaced = list[Followed](), 0
+def live_starts(pair: Pair, known: Texts, acceptance: float, count: int) -> Live:
+    """Controllers that knew nothing, each in a new engine. From where a text took another turn, drafts were not right
+    as often as `acceptance` says; whether it does depends on the K there, so leaving such runs out altogether would
+    favour the controllers that keep to others.
+
+    known: texts, and others that take their place when a run with them said nothing."""
+    kept, cut, replaced = list[Followed](), 0, 0
     while len(kept) < count and len(kept) + replaced < 2 * count:
         seed, costs = len(kept) + replaced, CountedCosts()
         policy = Followed(AdaptiveLength(LONGEST, costs, seed), costs)
-        if decode(pair, known, acceptance, policy, seed, ROUNDS):
+        is_whole = decode(pair, known[replaced], acceptance, policy, seed, ROUNDS)
+        if is_whole or len(policy.chosen) >= SETTLED + LEAST_SETTLED:
             kept.append(policy)
+            cut += not is_whole
         else:
             replaced += 1
-    return Live(kept, replaced)
+    return Live(kept, cut, replaced)
 
 
 def live_cell(found: Live, record: Record, others: Sequence[Record], rows: int, acceptance: float) -> str:
     """others: the record without each of its parts, from which the jackknife tells what prices are in doubt by."""
     live = found.kept
-    runs = f"live, {len(live)} runs, {found.replaced} replaced whose text took another turn:"
+    runs = f"live, {len(live)} runs, {found.cut} cut short and {found.replaced} replaced by a text's other turn:"
     if len(live) < 2:
         return f"{runs} too few to say anything"
     ks = dict(sorted(Counter(k for each in live for k in each.chosen[SETTLED:]).items()))
@@ -294,10 +318,11 @@ def told(found: Sequence[Shares]) -> str:
     return f"auto after {SETTLED} rounds {late}, first {COLD} tokens {cold}"
 
 
-def width(pair: Pair, known: list[list[int]], args: argparse.Namespace) -> None:
-    """All cells of as many rows as there are texts. A part is recorded before each acceptance's live controllers, and
+def width(pair: Pair, rows: int, args: argparse.Namespace) -> None:
+    """All cells of so many rows. A part is recorded before each acceptance's live controllers, and
     one after all."""
-    rows, recorder, live = len(known), Recorder(pair, known), list[Live]()
+    known, live = Texts(pair, rows), list[Live]()
+    recorder = Recorder(pair, known[0])
     part = math.ceil(args.rounds / (len(args.acceptance) + 1))
     for acceptance in args.acceptance:
         recorder.hear(part)
@@ -328,9 +353,8 @@ def main() -> int:
         cli.error(f"--runs {args.runs} --rounds {args.rounds} --live {args.live}: expected 2, 1 and 2 or more")
     pair = mlx_mtp.load(None if args.folder == "demo" else args.folder)
     print_card(environment_card())
-    known = texts(pair, max(args.rows), TEXT)
     for rows in args.rows:
-        width(pair, known[:rows], args)
+        width(pair, rows, args)
     return 0
 
 

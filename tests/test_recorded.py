@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ import pytest
 import mlx_mtp
 from bench import never_slower, recorded
 from bench.never_slower import Shares
-from bench.recorded import AtRandom, CountedCosts, Heard, Live, Record
+from bench.recorded import AtRandom, CountedCosts, Heard, Live, Record, Texts
 from bench.simulated import RecordedMachine
 from mlx_mtp.spec_decode.draft_length import AdaptiveLength, FixedLength
 from mlx_mtp.spec_decode.round_costs import RoundCosts
@@ -156,30 +157,45 @@ def test_what_prices_are_in_doubt_by_is_told_from_the_record_without_each_part()
     shares = [policy.shares(each, 1, 0.9).late for each in others]
     assert shares[0] == pytest.approx(1.0)
     assert shares[1] < 0.8
-    told = recorded.live_cell(Live([policy] * 2, 1), record, others, 1, 0.9)
-    assert told.startswith("live, 2 runs, 1 replaced whose text took another turn: auto after 64 rounds 1.000 ± 0.000")
+    told = recorded.live_cell(Live([policy] * 2, 1, 3), record, others, 1, 0.9)
+    assert told.startswith("live, 2 runs, 1 cut short and 3 replaced by a text's other turn: auto after 64 rounds "
+                           "1.000 ± 0.000")
     assert told.endswith(f"prices ± {(shares[0] - shares[1]) / 2:.3f} Ks {{7: {2 * (300 - never_slower.SETTLED)}}}")
 
 
-@pytest.mark.parametrize(("turned", "asked", "kept"), [({0, 2}, 5, 3), ({0, 1, 2, 3, 4}, 6, 1)])
-def test_controllers_whose_texts_took_another_turn_are_replaced(turned: set[int], asked: int, kept: int,
-                                                                monkeypatch: pytest.MonkeyPatch) -> None:
-    def decode(*arguments: object) -> bool:
-        seeds.append(arguments[4])
-        return seeds[-1] not in turned
+@pytest.mark.parametrize(("turned", "asked", "cut", "replaced"), [
+    ({0: 0, 2: 95}, 5, 0, 2), ({0: 95, 2: 96}, 4, 1, 1), (dict.fromkeys(range(5), 70), 6, 0, 5),
+])
+def test_controllers_are_cut_short_where_a_text_took_another_turn_or_replaced(
+    turned: dict[int, int], asked: int, cut: int, replaced: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """turned: rounds until then, by seed."""
+    def decode(*arguments: Any) -> bool:
+        (known, _, policy, seed, rounds) = arguments[1:]
+        seeds.append(seed)
+        used.append(known)
+        for _ in range(turned.get(seed, rounds)):
+            policy.choose(1)
+        return seed not in turned
 
-    seeds = list[object]()
+    seeds, used = list[int](), list[list[list[int]]]()
     monkeypatch.setattr(recorded, "decode", decode)
-    found = recorded.live_starts(mlx_mtp.load(), [], 0.8, 3)
-    assert (len(found.kept), found.replaced) == (kept, asked - kept)
+    monkeypatch.setattr(recorded, "texts", lambda pair, rows, count, seed: [[seed] * count] * rows)
+    pair = mlx_mtp.load()
+    found = recorded.live_starts(pair, Texts(pair, 2), 0.8, 3)
     assert seeds == [*range(asked)]
+    short = [seed for seed in turned if turned[seed] < 96]
+    assert [len(each) for each in used] == [2] * asked
+    assert [each[1][0] for each in used] == [sum(one < seed for one in short) for seed in seeds]
+    assert (len(found.kept), found.cut, found.replaced) == (asked - replaced, cut, replaced)
 
 
 @pytest.mark.parametrize("kept", [0, 1])
-def test_of_a_cell_where_too_few_texts_were_kept_just_that_is_told(kept: int) -> None:
+def test_of_a_cell_where_too_few_runs_were_kept_just_that_is_told(kept: int) -> None:
     policy = recorded.Followed(FixedLength(7), CountedCosts())
-    told = recorded.live_cell(Live([policy] * kept, 4), Record(COSTS, 0.1, [0.0], 0.0), [], 1, 0.9)
-    assert told == f"live, {kept} runs, 4 replaced whose text took another turn: too few to say anything"
+    told = recorded.live_cell(Live([policy] * kept, kept, 4), Record(COSTS, 0.1, [0.0], 0.0), [], 1, 0.9)
+    assert told.startswith(f"live, {kept} runs, ")
+    assert told.endswith(": too few to say anything")
 
 
 @pytest.mark.parametrize("turn", [False, True])
@@ -188,8 +204,10 @@ def test_a_text_that_takes_another_turn_is_noticed(turn: bool) -> None:
     (known,) = never_slower.texts(pair, 1, 40)
     known = known[: never_slower.PROMPT + 30]
     if turn:
-        known[-3] += 1
-    assert recorded.decode(pair, [known], 0.8, FixedLength(2), 0) is not turn
+        known[never_slower.PROMPT + 6 :] = [token + 1 for token in known[never_slower.PROMPT + 6 :]]
+    told = Telling(2)
+    assert recorded.decode(pair, [known], 0.8, told, 0) is not turn
+    assert (len(told.told) // 2 <= 6) is turn  # rounds
 
 
 def test_a_real_engine_is_recorded(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
