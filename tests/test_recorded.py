@@ -198,6 +198,12 @@ def test_of_a_cell_where_too_few_runs_were_kept_just_that_is_told(kept: int) -> 
     assert told.endswith(": too few to say anything")
 
 
+def test_other_texts_are_others_and_the_same_ones_again() -> None:
+    pair = mlx_mtp.load()
+    prompts = [never_slower.texts(pair, 1, 3, seed)[0][: never_slower.PROMPT] for seed in (0, 1, 0)]
+    assert prompts[0] == prompts[2] != prompts[1]
+
+
 @pytest.mark.parametrize("turn", [False, True])
 def test_a_text_that_takes_another_turn_is_noticed(turn: bool) -> None:
     pair = mlx_mtp.load()
