@@ -223,7 +223,7 @@ def decode(pair: Pair, known: list[list[int]], acceptance: float, policy: DraftL
         engine.submit(request)
     while not any(request.is_finished for request in requests) and requests[0].rounds < rounds:
         engine.step()
-        if any(request.tokens[-1:] != text[PROMPT:][: len(request.tokens)][-1:]
+        if any(request.tokens and request.tokens[-1] != text[PROMPT + len(request.tokens) - 1]
                for request, text in zip(requests, known, strict=True)):
             return False
     return True
