@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 import random
 import statistics
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise, product
+from typing import Any
 
 import pytest
 
@@ -27,8 +29,13 @@ COSTS: dict[str, Cost] = {
 }
 
 
-def machine(cost: str, rows: int, seed: int, noise: float = 0.05) -> Machine:
-    return Machine(AdaptiveLength(LONGEST, RoundCosts()), COSTS[cost], rows, random.Random(seed), noise)
+SHORT_ROUND = 0.004  # seconds without drafts
+
+
+def machine(cost: str, rows: int, seed: int, noise: float = 0.05, plain: float = 1.0) -> Machine:
+    """plain: seconds of a round without drafts."""
+    policy = AdaptiveLength(LONGEST, RoundCosts())
+    return Machine(policy, lambda rows, k: plain * COSTS[cost](rows, k), rows, random.Random(seed), noise)
 
 
 def share_after_64(simulated: Machine, acceptance: float, rounds: int) -> float:
@@ -62,10 +69,11 @@ def test_a_request_of_256_tokens_that_starts_cold_loses_little(cost: str, accept
 
 @pytest.mark.parametrize("rows", [1, 4, 8])
 @pytest.mark.parametrize("cost", ["memory-bound", "experts read again"])
-def test_it_gives_up_within_24_rounds_of_a_turn_and_comes_back_within_64(cost: str, rows: int) -> None:
+@pytest.mark.parametrize("plain", [1.0, SHORT_ROUND])
+def test_it_gives_up_within_24_rounds_of_a_turn_and_comes_back_within_64(cost: str, rows: int, plain: float) -> None:
     late_up = late_back = 0
     for seed in range(24):
-        simulated = machine(cost, rows, seed)
+        simulated = machine(cost, rows, seed, plain=plain)
         for _ in range(100):
             simulated.round(0.95)
         assert statistics.mean(simulated.chosen[-20:]) >= 1
@@ -290,6 +298,23 @@ def test_where_plain_decoding_is_best_a_new_task_is_tried_with_a_draft_soon() ->
                 simulated.round(0.0)
             tried[is_new] += any(simulated.chosen[begun:])
     assert tried[True] >= 150 > 50 >= tried[False]  # of 160
+
+
+@pytest.mark.parametrize("acceptance", [0.0, 0.6, 0.8])
+def test_where_rounds_are_short_ks_are_weighed_less_often_and_as_well(acceptance: float) -> None:
+    weighed, shares = {1.0: 0, SHORT_ROUND: 0}, []
+    for plain, seed in product(weighed, range(6)):
+        simulated = machine("memory-bound", 4, seed, plain=plain)
+        drawn = simulated.policy._costs.drawn
+
+        def counted(*given: Any, plain: float = plain, drawn: Callable[..., list[float]] = drawn) -> list[float]:
+            weighed[plain] += 1
+            return drawn(*given)
+
+        simulated.policy._costs.drawn = counted  # type: ignore[method-assign]
+        shares.append(share_after_64(simulated, acceptance, 364))
+    assert weighed[SHORT_ROUND] <= 0.8 * weighed[1.0]
+    assert statistics.mean(shares[6:]) >= 0.97
 
 
 def test_where_plain_decoding_is_best_nothing_is_weighed_until_the_next_look() -> None:

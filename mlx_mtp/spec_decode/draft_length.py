@@ -31,6 +31,8 @@ PLAIN_LOOK = 48  # timed rounds after which plain decoding is timed too, so that
 PLAIN_RUN = 4  # choices of no draft, one after the other, of which the last stands until a draft is due
 WORTH_CHANGING = 0.02  # share of tokens a second that another K must promise beyond the one in use: changing takes time
 DRAFTED_RUN, STANDING = 8, 3  # choices of one K, one after the other, of which the last stands for more rounds
+# Where rounds are short a K that was chosen twice stands: none until the look, others until choosing takes so little.
+CHOOSING, CHOOSING_SHARE = 1.2e-4, 0.008  # seconds, on a slow and busy core; of the time
 # Where plain decoding is best: rounds from one look, with a draft, to the next. They double from the first on, until
 # looks take so much of the time, but at least and at most to so many.
 SOONEST_LOOK, LOOKS_SHARE, LATEST_LOOK = 4, 0.016, (26, 48)
@@ -170,6 +172,7 @@ class AdaptiveLength:
         self._random = Random(seed)
         self._chosen, self._run = (0, 0), 0  # rows and K, and how often in a row
         self._stands = 0  # more rounds for which that was chosen
+        self._rest = 0  # more rounds for which it should stand, since choosing takes time
         self._accepted = list[tuple[int, int, Sequence[int]]]()  # as observed, and not yet learnt from
         self._timed = list[tuple[int, int, float | None]]()  # likewise
         self._wait = self._countdown = SOONEST_LOOK  # plain rounds before the next draft is tried
@@ -182,10 +185,11 @@ class AdaptiveLength:
         self._learn()
         chosen = rows, self._choose(rows)
         self._run = self._run + 1 if chosen == self._chosen else 1
-        self._chosen, self._stands = chosen, 0
+        self._chosen = chosen
+        self._stands = rest = self._rest if self._run > 1 else 0
         if not self._costs.has_begun(*chosen):
             self._stands = 1  # the first round of its kind is not timed
-        elif chosen[1] == 0 and self._run > PLAIN_RUN:
+        elif chosen[1] == 0 and (rest or self._run > PLAIN_RUN):
             self._stands = max(self._countdown - 1, 0)  # until the look, nothing is learnt of drafts
         elif chosen[1] and self._run > DRAFTED_RUN:
             self._stands = STANDING
@@ -227,6 +231,7 @@ class AdaptiveLength:
         self._accepted.clear()
 
     def _choose(self, rows: int) -> int:
+        self._rest = 0
         if not self._costs.is_known:
             return FIRST_K
         is_settled = self._costs.timings(rows) >= PLAIN_LOOK
@@ -235,7 +240,9 @@ class AdaptiveLength:
         tokens = self._acceptance.expected_tokens()
         wanted = sum(more - before >= LEAST_GAIN for before, more in pairwise(tokens))
         in_use = self._chosen[1] if rows == self._chosen[0] else None
-        k = _best(tokens[: wanted + 1], self._costs.drawn(rows, self.longest, wanted, self._random), in_use)
+        seconds = self._costs.drawn(rows, self.longest, wanted, self._random)
+        k = _best(tokens[: wanted + 1], seconds, in_use)
+        self._rest = min(int(CHOOSING / (CHOOSING_SHARE * seconds[k])), STANDING)
         if k:
             self._wait = self._countdown = SOONEST_LOOK
             return k
