@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from bench.simulated import Cost, Machine, best_speed, speed, tokens
-from mlx_mtp.spec_decode.draft_length import SOONEST_LOOK, AdaptiveLength, FixedLength, _best
+from mlx_mtp.spec_decode.draft_length import SOONEST_LOOK, STANDING, AdaptiveLength, FixedLength, _best
 from mlx_mtp.spec_decode.round_costs import RoundCosts
 
 LONGEST = 7
@@ -315,6 +315,15 @@ def test_where_rounds_are_short_ks_are_weighed_less_often_and_as_well(acceptance
         shares.append(share_after_64(simulated, acceptance, 364))
     assert weighed[SHORT_ROUND] <= 0.8 * weighed[1.0]
     assert statistics.mean(shares[6:]) >= 0.97
+
+
+def test_a_k_never_stands_for_long_however_short_rounds_seem() -> None:
+    simulated = machine("memory-bound", 4, 0, plain=1e-6)
+    stood = []
+    for _ in range(100):
+        simulated.round(1.0)
+        stood.append(simulated.policy._stands)
+    assert max(stood) == STANDING
 
 
 def test_where_plain_decoding_is_best_nothing_is_weighed_until_the_next_look() -> None:
